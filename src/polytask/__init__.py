@@ -1,0 +1,49 @@
+"""polytask: train, balance, navigate, merge and judge models that serve several tasks at once."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_exports = {
+    "Task": "polytask.tasks",
+    "Tasks": "polytask.tasks",
+    "MultiTaskModel": "polytask.models",
+    "wrap": "polytask.models",
+    "backward": "polytask.balancing",
+    "diagnose": "polytask.training",
+    "MultiTaskClassifier": "polytask.training",
+    "MultiTaskRegressor": "polytask.training",
+    "MultiTaskEstimator": "polytask.training",
+    "PolytaskError": "polytask.errors",
+    "InputError": "polytask.errors",
+    "TrainingError": "polytask.errors",
+}
+_modules = ("autograd", "balancing", "data", "linalg", "metrics", "models", "optim", "recipes", "report", "tasks", "training")
+
+__all__ = ["__version__", *_exports]
+
+if TYPE_CHECKING:
+    from polytask.balancing import backward as backward
+    from polytask.errors import InputError as InputError
+    from polytask.errors import PolytaskError as PolytaskError
+    from polytask.errors import TrainingError as TrainingError
+    from polytask.models import MultiTaskModel as MultiTaskModel
+    from polytask.models import wrap as wrap
+    from polytask.tasks import Task as Task
+    from polytask.tasks import Tasks as Tasks
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes seconds to import: nothing is loaded before it is asked for, so that `polytask --help` answers at once
+    if name in _exports:
+        return getattr(importlib.import_module(_exports[name]), name)
+    if name in _modules:
+        return importlib.import_module(f"polytask.{name}")
+    raise AttributeError(f"module 'polytask' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_exports, *_modules})

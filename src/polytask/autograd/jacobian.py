@@ -1,0 +1,46 @@
+"""The exact Jacobian of several losses, written once into one buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def jacobian(
+    losses: Sequence[Float[Tensor, ""]],
+    parameters: Sequence[Tensor],
+    own: Sequence[Sequence[Tensor]] | None = None,
+    retain_graph: bool = False,
+) -> tuple[Float[Tensor, "tasks coordinates"], list[list[Tensor | None]]]:
+    """Gradients of every loss with respect to the same parameters, one backward pass a loss.
+
+    Args:
+        losses: K scalars with graph.
+        parameters: the P coordinates, in the order in which they are laid out in a row.
+        own: for each loss, further tensors whose gradients come out of the same pass (task-specific parameters).
+        retain_graph: keep the graph after the last pass.
+
+    Returns:
+        J, shape (K, P), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.
+        Cost: K backward passes, K x P numbers.
+    """
+    sizes = [p.numel() for p in parameters]
+    rows = torch.empty(len(losses), sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    extra: list[list[Tensor | None]] = []
+    for k, loss in enumerate(losses):
+        mine = list(own[k]) if own is not None else []
+        keep = retain_graph or k + 1 < len(losses)
+        found = torch.autograd.grad(loss, [*parameters, *mine], retain_graph=keep, allow_unused=True)
+        offset = 0
+        for size, g in zip(sizes, found[: len(parameters)], strict=True):
+            cell = rows[k, offset : offset + size]
+            if g is None:
+                cell.zero_()
+            else:
+                cell.copy_(g.reshape(-1))
+            offset += size
+        extra.append(list(found[len(parameters) :]))
+    return rows, extra

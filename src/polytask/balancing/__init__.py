@@ -1,0 +1,39 @@
+"""Losses or gradients of several tasks -> one direction: one file a method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation, Preference
+from polytask.balancing.engine import backward
+from polytask.errors import InputError
+from polytask.registry import find
+
+__all__ = [
+    "Balancer",
+    "GradientAggregator",
+    "GramianWeighting",
+    "LossWeighting",
+    "Observation",
+    "Preference",
+    "backward",
+    "make",
+]
+
+
+def make(name: str, **options: Any) -> Balancer:
+    """Build a balancing method by its registered name or an alias (``nash_mtl``, ``NashMTL``, ``Nash_MTL``).
+
+    Args:
+        name: see ``polytask methods``.
+        options: the method's own, and ``preference``, ``log_losses``, ``seed`` that all of them take.
+
+    Raises:
+        InputError: unknown name or option; the message names the nearest ones.
+    """
+    method = find(name, family="balancing")
+    unknown = [o for o in options if o not in method.options]
+    if unknown:
+        raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options)}")
+    balancer: Balancer = method.factory(**options)
+    return balancer

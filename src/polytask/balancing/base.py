@@ -1,0 +1,275 @@
+"""What a balancing method is: three protocols, from the least a method can ask of the engine to the most.
+
+============================  ==============================================  =====================================
+base class                    a method writes                                 the engine computes
+============================  ==============================================  =====================================
+:class:`LossWeighting`        ``combine(losses) -> scalar``                   one backward pass of that scalar
+:class:`GramianWeighting`     ``solve(C, losses) -> w``                       the K x K Gramian, then ``sum w_i g_i``
+:class:`GradientAggregator`   ``aggregate(J, losses) -> d``                   the K x P Jacobian
+============================  ==============================================  =====================================
+
+The base classes check input, set scales, drop zero gradients, find the state of the tasks that are present, and keep everything that
+must survive a restart in ``state``. K x K problems are solved in float64 NumPy on the host: for K up to 100 that is faster than any chain
+of kernels, and it costs a step its only synchronisation.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.errors import InputError
+
+if TYPE_CHECKING:
+    from polytask.registry import Method
+
+Vector = npt.NDArray[np.float64]
+Matrix = npt.NDArray[np.float64]
+Preference = Sequence[float] | Mapping[str, float] | None
+
+
+@dataclass
+class Observation:
+    """What the last step saw: the raw material of logs and diagnoses.
+
+    Attributes:
+        tasks: the tasks that were present.
+        losses: their losses, shape (tasks,), as given to the balancer, detached.
+        weights: the coefficients of the combination, shape (tasks,), or None where the direction is not a combination.
+        gramian: inner products of the task gradients, shape (tasks, tasks), float64, or None where no gradient was looked at.
+        level: ``values``, ``representation`` or ``exact``: where those gradients were taken.
+    """
+
+    tasks: tuple[str, ...]
+    losses: Tensor
+    weights: Tensor | None
+    gramian: Tensor | None
+    level: str
+
+
+class Balancer(ABC):
+    """A stateful rule that turns the losses of several tasks into one update.
+
+    Args:
+        preference: positive importance of each task, by position or by name; ones when omitted. Only its direction matters.
+        log_losses: balance log L instead of L (all losses must be positive): a scale-free start for any method.
+        seed: seeds the method's own random generator, whose state is part of ``state_dict``.
+
+    Attributes:
+        tasks: names of all tasks ever to be seen, fixed by :meth:`bind`; batches may lack some of them.
+        active: indices into ``tasks`` of those present in the current call.
+        state: everything that must survive a restart: tensors, arrays, numbers, by name.
+        observation: what the last step saw.
+    """
+
+    needs: ClassVar[str]
+    method: ClassVar[Method]
+    needs_second_evaluation: ClassVar[bool] = False
+
+    def __init__(self, *, preference: Preference = None, log_losses: bool = False, seed: int = 0) -> None:
+        if preference is not None:
+            values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
+            if not values or not all(np.isfinite(v) and v > 0 for v in values):
+                raise InputError(f"a preference vector holds one positive number a task, not {values}")
+        self.preference = preference
+        self.log_losses = log_losses
+        self.rng = np.random.default_rng(seed)
+        self.tasks: tuple[str, ...] | None = None
+        self.active: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
+        self.state: dict[str, Any] = {}
+        self.observation: Observation | None = None
+
+    def initial_state(self, n_tasks: int) -> dict[str, Any]:  # noqa: ARG002
+        """The state before the first step, all of it, with its final shapes."""
+        return {}
+
+    def bind(self, tasks: Sequence[str]) -> None:
+        """Fix the tasks (once) and create the state; or find the given tasks among those fixed before.
+
+        Raises:
+            InputError: a task that was not among the first ones, or a preference that does not fit.
+        """
+        if self.tasks is None:
+            if isinstance(self.preference, Mapping) and set(self.preference) != set(tasks):
+                raise InputError(f"the preference names {sorted(self.preference)}, the tasks are {sorted(tasks)}")
+            if isinstance(self.preference, Sequence) and len(self.preference) != len(tasks):
+                raise InputError(f"the preference has {len(self.preference)} numbers for {len(tasks)} tasks")
+            self.tasks = tuple(tasks)
+            self.state = self.initial_state(len(self.tasks))
+        unknown = [t for t in tasks if t not in self.tasks]
+        if unknown:
+            raise InputError(f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(unknown)} is not one of them")
+        self.active = np.array([self.tasks.index(t) for t in tasks], dtype=np.intp)
+
+    def _bind_count(self, n: int) -> None:
+        # direct calls give no names: all tasks are present, in order
+        if self.tasks is None:
+            self.bind([str(i) for i in range(n)])
+        if self.tasks is not None and len(self.active) != n:
+            if n != len(self.tasks):
+                raise InputError(f"this balancer serves {len(self.tasks)} tasks and was given {n}")
+            self.active = np.arange(n)
+
+    @property
+    def p(self) -> Vector:
+        """The preference of the active tasks, shape (active,), scaled to sum to their number."""
+        if self.preference is None:
+            return np.ones(len(self.active))
+        assert self.tasks is not None
+        ordered = [self.preference[t] for t in self.tasks] if isinstance(self.preference, Mapping) else list(self.preference)
+        p = np.asarray(ordered, dtype=np.float64)[self.active]
+        return np.asarray(p * (len(p) / p.sum()))
+
+    def begin_epoch(self) -> None:  # noqa: B027
+        """Told by the training loop at the start of each epoch; for methods that work on epoch means."""
+
+    def after_step(self, losses: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Told the losses of the same batch after the optimizer's step, where ``needs_second_evaluation`` asks for them."""
+
+    def transform(self, losses: Float[Tensor, "*tasks"]) -> Float[Tensor, "*tasks"]:
+        """What is balanced, elementwise: L, or log L with ``log_losses``."""
+        if not self.log_losses:
+            return losses
+        return torch.log(losses.clamp_min(torch.finfo(losses.dtype).tiny))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a restarted run needs: tasks, state, generator. Tensors, arrays, numbers and strings only."""
+        return {
+            "tasks": list(self.tasks) if self.tasks is not None else None,
+            "rng": copy.deepcopy(self.rng.bit_generator.state),
+            "state": copy.deepcopy(self.state),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.tasks = tuple(state["tasks"]) if state["tasks"] is not None else None
+        self.rng.bit_generator.state = copy.deepcopy(state["rng"])
+        self.state = copy.deepcopy(dict(state["state"]))
+
+    def __repr__(self) -> str:
+        shown = {n: getattr(self, n) for n in self.method.options if n not in ("seed",) and hasattr(self, n)}
+        return f"{type(self).__name__}({', '.join(f'{n}={v!r}' for n, v in shown.items() if v is not None)})"
+
+
+class LossWeighting(Balancer):
+    """A method that needs the values of the losses only; its weights act on the task heads too."""
+
+    needs = "losses"
+
+    @abstractmethod
+    def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Float[Tensor, ""], Float[Tensor, " tasks"]]:
+        """The scalar to differentiate, and the weights d(scalar)/d(loss) for the logs, detached."""
+
+    def weights(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+        """d(scalar)/d(loss) at these loss values, shape (tasks,); state moves on as in a step."""
+        self._bind_count(len(losses))
+        return self.combine(losses.detach())[1]
+
+
+class GramianWeighting(Balancer):
+    """A method that needs only the inner products of the task gradients, and returns the weights of their sum.
+
+    Attributes:
+        degree: r such that w(cC) = c^r w(C); the base class solves at mean squared norm 1 and applies it, which makes every
+            tolerance inside ``solve`` relative.
+    """
+
+    needs = "gramian"
+    degree: float = 0.0
+
+    @abstractmethod
+    def solve(self, C: Matrix, losses: Vector | None) -> Vector:
+        """The weights, shape (tasks,), given the Gramian C of non-zero gradients with mean diagonal 1, and the losses."""
+
+    def weights(
+        self, gramian: Float[Tensor, "tasks tasks"], losses: Float[Tensor, " tasks"] | None = None
+    ) -> Float[Tensor, " tasks"]:
+        """Weights w of the direction sum_i w_i g_i.
+
+        Args:
+            gramian: C with C_ij = <g_i, g_j>, shape (tasks, tasks).
+            losses: shape (tasks,), for the methods that read them.
+
+        Returns:
+            Shape (tasks,), in the Gramian's dtype and device; 0 for a task whose gradient is exactly 0.
+
+        Raises:
+            InputError: not square, not finite, or of another size than before.
+        """
+        if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
+            raise InputError(f"a Gramian is square, not of shape {tuple(gramian.shape)}")
+        self._bind_count(len(gramian))
+        C = gramian.detach().double().cpu().numpy()
+        values = None if losses is None else losses.detach().double().cpu().numpy()
+        return torch.from_numpy(self.weights_of(C, values)).to(gramian)
+
+    def weights_of(self, C: Matrix, losses: Vector | None) -> Vector:
+        """:meth:`weights` on NumPy arrays, for the active tasks."""
+        if not np.isfinite(C).all():
+            bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
+            names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad.tolist()
+            raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
+        nonzero = np.diag(C) > 0
+        w = np.zeros(len(C))
+        if not nonzero.any():
+            return w + self.p
+        everyone, kept = self.active, np.flatnonzero(nonzero)
+        scale = float(np.diag(C)[kept].mean())
+        self.active = everyone[kept]
+        try:
+            w[kept] = self.solve(C[np.ix_(kept, kept)] / scale, None if losses is None else losses[kept]) * scale**self.degree
+        finally:
+            self.active = everyone
+        return w
+
+    def direction(
+        self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
+    ) -> Float[Tensor, " coordinates"]:
+        """The update direction w @ J, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates)."""
+        from polytask.autograd import gramian
+
+        return self.weights(gramian(jacobian), losses).to(jacobian.dtype) @ jacobian
+
+
+class GradientAggregator(Balancer):
+    """A method that needs the coordinates of the task gradients."""
+
+    needs = "jacobian"
+
+    @abstractmethod
+    def aggregate(self, J: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None) -> Float[Tensor, " coordinates"]:
+        """The update direction, shape (coordinates,), given finite per-task gradients."""
+
+    def direction(
+        self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
+    ) -> Float[Tensor, " coordinates"]:
+        """The update direction.
+
+        Args:
+            jacobian: J, one row a task, shape (tasks, coordinates).
+            losses: shape (tasks,), for the methods that read them.
+
+        Returns:
+            Shape (coordinates,), to be written where a gradient is expected.
+
+        Raises:
+            InputError: not a matrix, not finite, or of another number of tasks than before.
+        """
+        if jacobian.ndim != 2:
+            raise InputError(f"a Jacobian has one row a task, not shape {tuple(jacobian.shape)}")
+        self._bind_count(len(jacobian))
+        finite = torch.isfinite(jacobian).all(1)
+        if not bool(finite.all()):
+            bad = torch.nonzero(~finite).flatten().tolist()
+            names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad
+            raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
+        return self.aggregate(jacobian.detach(), None if losses is None else losses.detach())

@@ -1,0 +1,134 @@
+"""One registry for every named method: what it is called, what it needs, which paper it comes from.
+
+A method registers itself where it is written; the command line, the documentation, the generated tests and the benchmarks
+read the registry and nothing else. Packages outside polytask join through the entry point group ``polytask.methods``, each entry
+naming a module whose import registers methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+from polytask.errors import InputError
+
+ENTRY_POINT_GROUP = "polytask.methods"
+FAMILY_PACKAGES = ("polytask.balancing", "polytask.optim")
+
+C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What polytask knows of one registered method.
+
+    Args:
+        name: lower snake case, unique within the library.
+        family: the room it lives in: ``balancing``, ``optim``, ...
+        factory: the class that makes it.
+        paper: where it was published, e.g. ``arXiv:2305.19000``.
+        needs: the least it asks of the engine: ``losses``, ``gramian``, ``jacobian``, ``second evaluation``, ``optimizer``.
+        aliases: the names that other libraries use.
+        invariances: declared properties, each of which a generated test asserts (see ``tests/balancing``).
+        exempt: generated tests that do not apply, each with the reason.
+        example: options that make a small instance for generated tests where the defaults do not suffice.
+    """
+
+    name: str
+    family: str
+    factory: Callable[..., Any]
+    paper: str
+    needs: str
+    aliases: tuple[str, ...] = ()
+    invariances: tuple[str, ...] = ()
+    exempt: dict[str, str] = field(default_factory=dict)
+    example: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the class's docstring."""
+        return (inspect.getdoc(self.factory) or "").partition("\n")[0]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every constructor option with its default (``inspect.Parameter.empty`` where there is none)."""
+        return {n: p.default for n, p in inspect.signature(self.factory).parameters.items() if n != "self"}
+
+
+_methods: dict[str, Method] = {}
+_spellings: dict[str, str] = {}
+
+
+def spelling(name: str) -> str:
+    """Reduce a name to what LibMTL, TorchJD and the papers' scripts have in common: ``Nash_MTL`` -> ``nashmtl``."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def register(
+    name: str,
+    *,
+    family: str,
+    paper: str,
+    needs: str,
+    aliases: tuple[str, ...] = (),
+    invariances: tuple[str, ...] = (),
+    exempt: dict[str, str] | None = None,
+    example: dict[str, Any] | None = None,
+) -> Callable[[C], C]:
+    """Class decorator that enters a method into the registry.
+
+    Raises:
+        ValueError: the name or an alias is already taken by another method.
+    """
+
+    def enter(cls: C) -> C:
+        method = Method(name, family, cls, paper, needs, aliases, invariances, exempt or {}, example or {})
+        for label in (name, *aliases):
+            owner = _spellings.setdefault(spelling(label), name)
+            if owner != name:
+                raise ValueError(f"the method name {label!r} of {name!r} is already taken by {owner!r}")
+        _methods[name] = method
+        cls.method = method
+        return cls
+
+    return enter
+
+
+@cache
+def _discover() -> None:
+    for package_name in FAMILY_PACKAGES:
+        package = importlib.import_module(package_name)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{package_name}.{module.name}")
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        entry.load()
+
+
+def methods(family: str | None = None) -> Iterator[Method]:
+    """Every registered method (of one family), in alphabetical order."""
+    _discover()
+    yield from (m for _, m in sorted(_methods.items()) if family in (None, m.family))
+
+
+def find(name: str, family: str | None = None) -> Method:
+    """The method registered under a name or an alias, whatever its capitals, dashes and underscores.
+
+    Raises:
+        InputError: no such method; the message suggests the nearest names.
+    """
+    _discover()
+    known = _spellings.get(spelling(name))
+    if known is not None and family in (None, _methods[known].family):
+        return _methods[known]
+    choices = [m.name for m in methods(family)]
+    near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
+    hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(choices)}"
+    raise InputError(f"there is no {family or 'registered'} method called {name!r}{hint}")
