@@ -59,8 +59,18 @@ class Method:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every constructor option with its default (``inspect.Parameter.empty`` where there is none)."""
-        return {n: p.default for n, p in inspect.signature(self.factory).parameters.items() if n != "self"}
+        """Every constructor option with its default (``inspect.Parameter.empty`` where there is none), the base classes' included."""
+        found: dict[str, Any] = {}
+        for cls in inspect.getmro(self.factory) if isinstance(self.factory, type) else (self.factory,):
+            if isinstance(cls, type) and "__init__" not in vars(cls):
+                continue
+            parameters = inspect.signature(cls.__init__ if isinstance(cls, type) else cls).parameters.values()
+            for p in parameters:
+                if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                    found.setdefault(p.name, p.default)
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):  # nothing is handed on to a base class
+                break
+        return found
 
 
 _methods: dict[str, Method] = {}

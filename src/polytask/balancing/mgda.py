@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from polytask.balancing.base import GramianWeighting, Matrix, Vector
 from polytask.linalg import min_norm_point
 from polytask.registry import register
@@ -12,19 +14,23 @@ from polytask.registry import register
     family="balancing",
     paper="arXiv:1810.04650",
     needs="gramian",
-    aliases=("MGDA_UB",),
+    aliases=("MGDA_UB", "SMG"),
     invariances=("permutation", "scale", "non_conflict", "single"),
 )
 class MGDA(GramianWeighting):
     r"""Take the shortest vector in the convex hull of the task gradients.
 
-    .. math:: w = \arg\min_{w \in \Delta} w^\top C w
+    .. math:: w = p \circ \arg\min_{u \in \Delta} u^\top P C P u, \qquad P = \mathrm{diag}(p)
 
-    so that :math:`\langle g_i, d\rangle \ge \lVert d\rVert^2` for every task: no task is made worse to first order, and d = 0 exactly at
-    Pareto-stationary points. At representation level this is MGDA-UB.
+    so that :math:`p_i \langle g_i, d\rangle \ge \lVert d\rVert^2` for every task: no task is made worse to first
+    order, and d = 0 exactly at
+    Pareto-stationary points. A preference scales the gradients before (the weighted form of Momma et al., ICML 2022);
+    without one the
+    weights sum to 1. At representation level this is MGDA-UB.
 
     Cost: one active-set solve of K unknowns a step.
     """
 
-    def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: D102, ARG002
-        return min_norm_point(C)
+    def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
+        p = self.p
+        return np.asarray(p * min_norm_point(C * p * p[:, None]))

@@ -1,5 +1,19 @@
-"""Small dense solvers for K x K problems, in float64 NumPy."""
+"""Small dense solvers for K x K problems, in float64 NumPy, with tolerances relative to the vectors' own lengths."""
 
-from polytask.linalg.simplex import min_norm_point
+from polytask.linalg.complementarity import nonnegative_qp
+from polytask.linalg.conflict_averse import conflict_averse
+from polytask.linalg.dual_cone import project_dual_cone
+from polytask.linalg.fair import fair_weights
+from polytask.linalg.scaling import correlation, definite
+from polytask.linalg.simplex import min_norm_point, project_simplex
 
-__all__ = ["min_norm_point"]
+__all__ = [
+    "conflict_averse",
+    "correlation",
+    "definite",
+    "fair_weights",
+    "min_norm_point",
+    "nonnegative_qp",
+    "project_dual_cone",
+    "project_simplex",
+]

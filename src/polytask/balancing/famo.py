@@ -1,0 +1,94 @@
+"""FAMO: fast adaptive multitask optimization (Liu, Feng, Stone and Liu, NeurIPS 2023, arXiv:2306.03792)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.balancing.base import BaseOptions, LossWeighting
+from polytask.balancing.inner_adam import InnerAdam
+from polytask.registry import register
+
+
+@register(
+    "famo",
+    family="balancing",
+    paper="arXiv:2306.03792",
+    needs="second evaluation",
+    invariances=("permutation", "scale", "single"),
+)
+class FAMO(LossWeighting):
+    r"""Lower all log-losses at the same rate, learning the weights from how much each fell.
+
+    .. math:: L = \frac1c \sum_i z_i \log D_i, \quad z = \mathrm{softmax}(\xi), \quad D_i = L_i - L_i^{\min}, \quad c =
+    \sum_i z_i / D_i
+
+    so that the weights of the losses sum to 1. After the step the losses of the same batch are looked at again:
+    :math:`\delta_i = \log D_i^{\text{before}} - \log D_i^{\text{after}}`, and :math:`\xi` takes an Adam step against
+    :math:`J_z^\top \delta`. Give the second
+    losses to ``after_step``; when it is not called, the next step's losses (of another batch: free, but noisier) stand
+    in for them. A
+    preference multiplies z.
+
+    Args:
+        lr: step size of :math:`\xi`.
+        decay: weight decay of :math:`\xi`; the paper uses 0.001 to 0.02.
+        lowest: :math:`L^{\min}`, a lower bound of every loss.
+
+    Cost: one more forward pass a step, or none.
+    """
+
+    needs_second_evaluation = True
+    takes_logarithms = True
+
+    def __init__(
+        self, *, lr: float = 0.025, decay: float = 1e-3, lowest: float = 0.0, **base: Unpack[BaseOptions]
+    ) -> None:
+        super().__init__(**base)
+        self.lr, self.decay, self.lowest = lr, decay, lowest
+        self.adam = InnerAdam("xi", lr, decay)
+
+    def initial_state(self, n_tasks: int) -> dict[str, Any]:
+        # before: log D of the last step, waiting for its second look; NaN where there is none
+        return {
+            **self.adam.start(n_tasks, 0.0),
+            "before": torch.full((n_tasks,), torch.nan),
+            "waiting": np.zeros(n_tasks, dtype=bool),
+        }
+
+    def _log_distance(self, losses: Tensor) -> Tensor:
+        return (losses - self.lowest).clamp_min(torch.finfo(losses.dtype).tiny).log()
+
+    def _learn(self, active: np.typing.NDArray[np.intp], after: Float[Tensor, " active"]) -> None:
+        both = self.state["waiting"][active]
+        if both.any():
+            where = torch.as_tensor(active[both], device=after.device)
+            delta = (
+                self.state["before"].to(after.device)[where] - after[torch.as_tensor(both, device=after.device)].float()
+            )
+            z = torch.softmax(self.adam.read(self.state, where), 0)
+            self.adam.step(self.state, where, z * (delta - (z * delta).sum()))
+        self.state["waiting"][:] = False
+
+    def after_step(self, losses: Mapping[str, Tensor]) -> None:
+        assert self.tasks is not None
+        values = torch.stack([loss.detach().reshape(()) for loss in losses.values()])
+        self._learn(np.array([self.tasks.index(n) for n in losses], dtype=np.intp), self._log_distance(values))
+
+    def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
+        log_d = self._log_distance(losses)
+        self._learn(self.active, log_d.detach())
+        active = torch.as_tensor(self.active, device=losses.device)
+        p = torch.as_tensor(self.p).to(losses)
+        z = torch.softmax(self.adam.read(self.state, active).to(losses.dtype) + p.log(), 0)
+        # z / D, scaled to sum to 1, through logarithms so that no loss is too small
+        w = torch.softmax(z.log() - log_d.detach(), 0)
+        self.state["before"] = self.state["before"].to(losses.device).index_copy(0, active, log_d.detach().float())
+        self.state["waiting"][self.active] = True
+        scale = (w * (losses.detach() - self.lowest)).sum()
+        return (z * log_d).sum() * scale / z.sum(), w

@@ -1,0 +1,69 @@
+"""GradDrop: gradient sign dropout (Chen et al., NeurIPS 2020, arXiv:2010.06808)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.balancing.base import BaseOptions, GradientAggregator
+from polytask.errors import InputError
+from polytask.registry import register
+
+
+@register(
+    "graddrop",
+    family="balancing",
+    paper="arXiv:2010.06808",
+    needs="jacobian",
+    aliases=("gradient_sign_dropout",),
+    invariances=("permutation", "scale", "single"),
+)
+class GradDrop(GradientAggregator):
+    r"""Let each coordinate keep only its positive or only its negative gradients, drawn by how much speaks for each
+    sign.
+
+    .. math:: P = \tfrac12 \Bigl(1 + \frac{\sum_i g_i}{\sum_i |g_i|}\Bigr), \quad U \sim \mathrm{Uniform}(0, 1), \qquad
+        d = \sum_i \bigl(\ell_i + (1 - \ell_i)\,[g_i > 0 \wedge P > U \;\text{or}\; g_i < 0 \wedge P < U]\bigr)\, g_i
+
+    elementwise, with each gradient multiplied by its preference before.
+
+    Args:
+        leak: :math:`\ell`, how much of each task's gradient passes anyway: one number, or one a task in the order
+        bound; 0 by default.
+
+    Cost: a few passes over the K x P numbers and P random ones a step.
+    """
+
+    def __init__(self, *, leak: float | Sequence[float] = 0.0, **base: Unpack[BaseOptions]) -> None:
+        super().__init__(**base)
+        values = [leak] if isinstance(leak, int | float) else list(leak)
+        if not values or not all(0 <= v <= 1 for v in values):
+            raise InputError(f"the leak of graddrop lies between 0 and 1, not {leak}")
+        self.leak = leak
+
+    def aggregate(
+        self,
+        J: Float[Tensor, "tasks coordinates"],
+        losses: Float[Tensor, " tasks"] | None,  # noqa: ARG002
+    ) -> Float[Tensor, " coordinates"]:
+        J = J * torch.as_tensor(self.p).to(J)[:, None]
+        total = J.abs().sum(0)
+        P = 0.5 * (1 + J.sum(0) / torch.where(total > 0, total, torch.ones_like(total)))
+        # a generator of the device, seeded from the one that state_dict keeps
+        generator = torch.Generator(J.device).manual_seed(int(self.rng.integers(2**62)))
+        U = torch.rand(J.shape[1], generator=generator, device=J.device, dtype=J.dtype)
+        kept = torch.where(P > U, J.clamp_min(0), J.clamp_max(0))
+        leak = self._leak(J)
+        return (kept if leak is None else kept + leak * (J - kept)).sum(0)
+
+    def _leak(self, J: Tensor) -> Tensor | None:
+        if isinstance(self.leak, int | float):
+            return None if self.leak == 0 else J.new_full((len(J), 1), float(self.leak))
+        assert self.tasks is not None
+        if len(self.leak) != len(self.tasks):
+            raise InputError(f"graddrop has {len(self.leak)} leaks for {len(self.tasks)} tasks")
+        return J.new_tensor([self.leak[i] for i in self.active])[:, None]

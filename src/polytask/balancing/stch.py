@@ -1,0 +1,78 @@
+"""Smooth Tchebycheff scalarization (Lin et al., ICML 2024, arXiv:2402.19078)."""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.balancing.base import BaseOptions, LossWeighting
+from polytask.balancing.epoch_mean import EpochMean
+from polytask.errors import InputError
+from polytask.registry import register
+
+
+@register(
+    "stch",
+    family="balancing",
+    paper="arXiv:2402.19078",
+    needs="losses",
+    aliases=("smooth_tchebycheff", "SmoothTche", "STCHScalarizer"),
+    invariances=("permutation", "scale"),
+)
+class STCH(LossWeighting):
+    r"""Minimise a smooth maximum of the losses, each measured by where it stood early in training.
+
+    .. math:: L = K \mu \log \sum_i \exp\frac{p_i f_i}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
+
+    :math:`\bar L` (the nadir) is the mean loss of the epoch of index ``warmup``; up to its end
+    :math:`\sum_i p_i \log L_i` is minimised. Epochs are
+    counted by ``begin_epoch()``. With ``warmup=None`` the losses themselves are compared, :math:`f_i = L_i`, from the
+    first step on.
+    As :math:`\mu \to 0` this becomes K times the largest :math:`p_i f_i`.
+
+    Args:
+        mu: smoothness, in units of f; small values approach the maximum.
+        warmup: epoch whose mean losses become the nadir, or None for no normalisation.
+
+    Cost: a few operations on K numbers.
+    """
+
+    takes_logarithms = True
+
+    def __init__(self, *, mu: float = 1.0, warmup: int | None = 4, **base: Unpack[BaseOptions]) -> None:
+        super().__init__(**base)
+        if not mu > 0:
+            raise InputError(f"the smoothness mu of stch is positive, not {mu}")
+        self.mu, self.warmup = mu, warmup
+        self.running = EpochMean("nadir")
+
+    def initial_state(self, n_tasks: int) -> dict[str, Any]:
+        return {**self.running.start(n_tasks), "nadir": torch.full((n_tasks,), torch.nan), "epoch": -1}
+
+    def begin_epoch(self) -> None:
+        if not self.state:
+            return
+        if self.state["epoch"] == self.warmup:
+            self.state["nadir"] = self.running.finish(self.state)
+        self.state["epoch"] += 1
+
+    def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
+        active = torch.as_tensor(self.active, device=losses.device)
+        p = torch.as_tensor(self.p).to(losses)
+        positive = losses.clamp_min(torch.finfo(losses.dtype).tiny)
+        epoch = max(self.state["epoch"], 0)
+        if self.warmup is not None and epoch <= self.warmup:
+            if epoch == self.warmup:
+                self.running.add(self.state, active, losses.detach())
+            return (p * positive.log()).sum(), (p / positive).detach()
+        f = losses
+        if self.warmup is not None:
+            nadir = self.state["nadir"].to(losses)[active]
+            # a task that the nadir epoch lacked is measured by its present loss
+            f = torch.log(positive / torch.where(torch.isnan(nadir), positive.detach(), nadir))
+        total = len(losses) * self.mu * torch.logsumexp(p * f / self.mu, 0)
+        slope = 1.0 if self.warmup is None else 1.0 / positive.detach()
+        return total, len(losses) * torch.softmax(p * f.detach() / self.mu, 0) * p * slope

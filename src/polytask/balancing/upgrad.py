@@ -1,0 +1,32 @@
+"""UPGrad: Jacobian descent (Quinton and Rey, 2024, arXiv:2406.16232)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polytask.balancing.base import GramianWeighting, Matrix, Vector
+from polytask.linalg import project_dual_cone
+from polytask.registry import register
+
+
+@register(
+    "upgrad",
+    family="balancing",
+    paper="arXiv:2406.16232",
+    needs="gramian",
+    aliases=("unconflicting_projection",),
+    invariances=("permutation", "scale", "non_conflict", "single"),
+)
+class UPGrad(GramianWeighting):
+    r"""Project every task gradient on the cone of directions that oppose no task, and average the projections.
+
+    .. math:: w = \tfrac1K \sum_i \arg\min_{v \ge p_i e_i} v^\top C v
+
+    No regularisation and no threshold: the guarantee :math:`\langle g_j, d\rangle \ge 0` holds for gradients of any
+    size.
+
+    Cost: K active-set solves of at most K unknowns a step.
+    """
+
+    def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
+        return np.asarray(project_dual_cone(C, np.diag(self.p / len(C))).sum(0))

@@ -1,0 +1,59 @@
+"""The best worst-case improvement within a ball around a given direction."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polytask.linalg.complementarity import nonnegative_qp
+from polytask.linalg.scaling import Matrix, Vector, correlation, definite
+
+RELATIVE_TOLERANCE = 1e-12
+
+
+def conflict_averse(C: Matrix, u: Vector, c: float) -> Vector:
+    r"""Coefficients of the x that maximises the least improvement :math:`\min_i \langle g_i, g_u + x\rangle` within
+    :math:`\lVert x\rVert \le c \lVert g_u\rVert`.
+
+    With :math:`b = Cu`, the shortest x that improves every task by :math:`\tau` is :math:`x = \sum_i v_i g_i`,
+    :math:`v \ge 0 \perp Cv + b - \tau \ge 0`. Its length is convex and increasing in :math:`\tau`, and on each set of
+    positive
+    coordinates the :math:`\tau` of a wanted length solves a quadratic equation: a Newton method from above that ends
+    after a few supports.
+
+    Args:
+        C: inner products of non-zero vectors, shape (tasks, tasks).
+        u: coefficients of the centre :math:`g_u`, shape (tasks,).
+        c: radius as a multiple of the centre's length, at least 0.
+
+    Returns:
+        v, shape (tasks,), non-negative: the direction is :math:`\sum_i (u_i + v_i) g_i`. Cost: a few linear solves.
+    """
+    R, n = correlation(C)
+    M = definite(R)
+    t = u * n
+    size = np.sqrt(max(float(t @ M @ t), 0.0))
+    radius = c * size
+    if radius <= RELATIVE_TOLERANCE * float(np.abs(t).sum()):
+        return np.zeros(len(u))
+    # in unit vectors: M y + beta - tau alpha >= 0, with tau measured along the shortest vector
+    alpha, beta = n.min() / n, M @ t
+    centre = float(alpha @ t)
+    tau = (size**2 + radius * size) / centre if centre > 0 else np.inf
+    y = np.zeros(len(u))
+    for _ in range(50):
+        y = nonnegative_qp(M, (beta - tau * alpha)[None], None if not y.any() else (y > 0)[None])[0]
+        support = np.flatnonzero(y > 0)
+        if not len(support):
+            break
+        before, tau = tau, _tau_of_length(M, alpha, beta, support, radius)
+        if abs(tau - before) <= RELATIVE_TOLERANCE * max(abs(tau), abs(before)):
+            break
+    return np.asarray(y / n)
+
+
+def _tau_of_length(M: Matrix, alpha: Vector, beta: Vector, support: np.typing.NDArray[np.intp], radius: float) -> float:
+    """The larger tau at which tau * p - q, on this support, has the wanted length."""
+    pq = np.linalg.solve(M[np.ix_(support, support)], np.stack([alpha[support], beta[support]], 1))
+    a, b, d = float(alpha[support] @ pq[:, 0]), float(alpha[support] @ pq[:, 1]), float(beta[support] @ pq[:, 1])
+    # a tau^2 - 2 b tau + d = radius^2
+    return float(b + np.sqrt(max(b * b - a * (d - radius**2), 0.0))) / a
