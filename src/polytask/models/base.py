@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polytask.autograd import FanOut
+from polytask.autograd import Copies, FanOut, LinearHeads
 from polytask.errors import InputError
 
 
@@ -43,12 +43,14 @@ class MultiTaskModel(nn.Module, ABC):
         owned = {id(p) for name in self.tasks for p in self.task_parameters(name)}
         return (p for p in self.parameters() if id(p) not in owned)
 
-    def fan_out(self, z: Float[Tensor, "batch *shape"], tasks: Iterable[str], name: str = "features") -> dict[str, Tensor]:
+    def fan_out(
+        self, z: Float[Tensor, "batch *shape"], tasks: Iterable[str], name: str = "features"
+    ) -> dict[str, Tensor]:
         """Hand a shared representation to the heads of several tasks, one view each, and remember it as a feature."""
         names = tuple(tasks)
         if not (torch.is_grad_enabled() and z.requires_grad):
             return dict.fromkeys(names, z)
-        port = FanOut(z, names)
+        port = Copies(z, names)
         self.features[name] = port
         return port.copies
 
@@ -71,16 +73,22 @@ class HardSharing(MultiTaskModel):
         self._names = tuple(heads)
 
     @property
-    def tasks(self) -> tuple[str, ...]:  # noqa: D102
+    def tasks(self) -> tuple[str, ...]:
         return self._names
 
-    def forward(self, inputs: Any, tasks: Collection[str] | None = None) -> dict[str, Tensor]:  # noqa: D102
+    def forward(self, inputs: Any, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
         names = [n for n in self._names if tasks is None or n in tasks]
         self.features.clear()
-        copies = self.fan_out(self.trunk(inputs), names)
-        return {n: self.heads[self._names.index(n)](copies[n]) for n in names}
+        z = self.trunk(inputs)
+        heads = {n: self.heads[self._names.index(n)] for n in names}
+        if torch.is_grad_enabled() and z.requires_grad and LinearHeads.fits(heads.values()):
+            port = LinearHeads(z, cast(dict[str, nn.Linear], heads))
+            self.features["features"] = port
+            return port.outputs
+        copies = self.fan_out(z, names)
+        return {n: head(copies[n]) for n, head in heads.items()}
 
-    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:  # noqa: D102
+    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
         return self.heads[self._names.index(name)].parameters()
 
 
@@ -97,20 +105,24 @@ class Wrapped(MultiTaskModel):
         self._heads = dict(heads)
 
     @property
-    def tasks(self) -> tuple[str, ...]:  # noqa: D102
+    def tasks(self) -> tuple[str, ...]:
         return tuple(self._heads)
 
-    def forward(self, inputs: Any, tasks: Collection[str] | None = None) -> dict[str, Tensor]:  # noqa: D102
-        outputs = self.module(**inputs) if isinstance(inputs, Mapping) and not _takes_mapping(self.module) else self.module(inputs)
+    def forward(self, inputs: Any, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
+        outputs = (
+            self.module(**inputs)
+            if isinstance(inputs, Mapping) and not _takes_mapping(self.module)
+            else self.module(inputs)
+        )
         missing = [n for n in self._heads if n not in outputs]
         if missing:
             raise InputError(f"the wrapped module returned {sorted(outputs)}, without the task {missing[0]!r}")
         return {n: outputs[n] for n in self._heads if tasks is None or n in tasks}
 
-    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:  # noqa: D102
+    def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
         return self._heads[name].parameters()
 
-    def shared_parameters(self) -> Iterator[nn.Parameter]:  # noqa: D102
+    def shared_parameters(self) -> Iterator[nn.Parameter]:
         seen: set[int] = set()
         for part in self._shared.values():
             for p in part.parameters():
@@ -125,7 +137,9 @@ def _takes_mapping(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def wrap(module: nn.Module, *, shared: Iterable[str | nn.Module], heads: Mapping[str, str | nn.Module]) -> MultiTaskModel:
+def wrap(
+    module: nn.Module, *, shared: Iterable[str | nn.Module], heads: Mapping[str, str | nn.Module]
+) -> MultiTaskModel:
     """Serve several tasks with a module of one's own.
 
     Two cases. A module that returns ``{task: prediction}`` itself is taken as it is, ``shared`` and ``heads`` naming its parts. A module
@@ -139,13 +153,15 @@ def wrap(module: nn.Module, *, shared: Iterable[str | nn.Module], heads: Mapping
     Raises:
         InputError: a name that is no submodule, heads half inside and half outside, a parameter that is shared and a head's own.
     """
-    parts = dict(module.named_modules())
+    parts: dict[str, nn.Module] = dict(module.named_modules())
 
     def part(which: str | nn.Module) -> nn.Module:
         if isinstance(which, nn.Module):
             return which
         if which not in parts:
-            raise InputError(f"the module has no part called {which!r}; its parts are {', '.join(n for n in parts if n)}")
+            raise InputError(
+                f"the module has no part called {which!r}; its parts are {', '.join(n for n in parts if n)}"
+            )
         return parts[which]
 
     inner = {id(m) for m in parts.values()}
@@ -155,7 +171,9 @@ def wrap(module: nn.Module, *, shared: Iterable[str | nn.Module], heads: Mapping
         return HardSharing(module, chosen)
     if len(inside) < len(chosen):
         outside = next(n for n in chosen if n not in inside)
-        raise InputError(f"the head of {inside[0]!r} is part of the module and that of {outside!r} is not: give all heads or none from inside")
+        raise InputError(
+            f"the head of {inside[0]!r} is part of the module and that of {outside!r} is not: give all heads or none from inside"
+        )
     trunk = {(s if isinstance(s, str) else str(i)): part(s) for i, s in enumerate(shared)}
     common = {id(p): name for name, s in trunk.items() for p in s.parameters()}
     for name, head in chosen.items():
