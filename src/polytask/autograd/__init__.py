@@ -1,8 +1,21 @@
 """Per-task gradients: Jacobians, Gramians and the gradients at a shared representation."""
 
-from polytask.autograd.fan_out import FanOut
+from polytask.autograd.fan_out import Copies, FanOut, LinearHeads
 from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
+from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
+from polytask.autograd.workspace import Workspace
 
-__all__ = ["FanOut", "gramian", "jacobian", "leaves"]
+__all__ = [
+    "Copies",
+    "DenseGradients",
+    "FanOut",
+    "LinearGradients",
+    "LinearHeads",
+    "TaskGradients",
+    "Workspace",
+    "gramian",
+    "jacobian",
+    "leaves",
+]

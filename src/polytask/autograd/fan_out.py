@@ -1,57 +1,155 @@
 """A shared representation handed to several heads, whose backward sees the gradient of every task apart.
 
-Plain autograd adds the gradients of all heads where they meet. :class:`FanOut` gives every head a view of its own instead, so that **one**
-backward pass of the sum of losses brings all K representation gradients to one place, where a combination of them is chosen and passed on to the
-trunk. Every parameter still receives its gradient once, through the ordinary hooks: distributed wrappers, gradient scalers, compiled trunks and
-activation checkpoints notice nothing.
+Plain autograd adds the gradients of all heads where they meet. A :class:`FanOut` keeps them apart until they are
+together in one place, inside **one** backward pass of the sum of losses; there a combination of them is chosen and
+passed on to the trunk. Every parameter still receives its gradient once, through the ordinary hooks: distributed
+wrappers, gradient scalers, compiled trunks and activation checkpoints notice nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-Combine = Callable[[dict[str, Tensor]], Tensor]
+from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
+from polytask.autograd.workspace import Workspace
+
+Select = Callable[[Sequence[str]], TaskGradients]
+Combine = Callable[[frozenset[str], Select], Tensor]
 
 
 class FanOut:
-    """The meeting point of the heads on one shared representation during one forward pass.
+    """The meeting point of several heads on one shared representation during one forward pass.
 
     Attributes:
         tensor: the representation z, shape (batch, ...).
-        copies: one view of z a task; each task's head must read its own.
-        combine: set by the engine before the backward pass: maps {task: dL_task/dz} (absent tasks left out) to the gradient passed on to
-            the trunk, of z's shape. None adds them up, which is plain autograd.
+        tasks: the tasks whose heads read it, in order.
+        combine: set by the engine before the backward pass. It is told which tasks have a gradient here and given a function from
+            an order of them to their :class:`TaskGradients`, and returns the gradient for the trunk. None adds them up.
+        workspace: where rows are written, lent by the engine together with ``combine``.
     """
 
-    def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Sequence[str]) -> None:
+    def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Iterable[str]) -> None:
         self.tensor = tensor
         self.tasks = tuple(tasks)
         self.combine: Combine | None = None
-        views = _Split.apply(tensor, self) if tensor.requires_grad else (tensor,) * len(self.tasks)
-        self.copies: dict[str, Tensor] = dict(zip(self.tasks, views, strict=True))
+        self.workspace: Workspace | None = None
 
-    def merge(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
-        """The gradient passed on to the trunk, given the gradient of each view (None for a task without loss in this pass)."""
-        present = {n: g for n, g in zip(self.tasks, gradients, strict=True) if g is not None}
-        if not present:
-            return None
-        if self.combine is not None:
-            return self.combine(present)
-        return torch.stack(list(present.values())).sum(0) if len(present) > 1 else next(iter(present.values()))
+
+class Copies(FanOut):
+    """One view of the representation for each head, whatever the heads are.
+
+    Attributes:
+        copies: {task: view of z}; each task's head must read its own.
+    """
+
+    def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Iterable[str]) -> None:
+        super().__init__(tensor, tasks)
+        views: tuple[Tensor, ...] = (tensor,) * len(self.tasks)
+        if tensor.requires_grad:
+            views = _Split.apply(tensor, self)  # type: ignore[no-untyped-call]
+        self.copies: dict[str, Tensor] = dict(zip(self.tasks, views, strict=True))
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, port: FanOut) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, z: Tensor, port: Copies) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.port = port
         return tuple(z.view_as(z) for _ in port.tasks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        return ctx.port.merge(gradients), None
+        port: Copies = ctx.port
+        present = {n: g for n, g in zip(port.tasks, gradients, strict=True) if g is not None}
+        if not present:
+            return None, None
+        if port.combine is None:
+            return _total(present.values()), None
+        memory = port.workspace or Workspace()
+
+        def select(names: Sequence[str]) -> TaskGradients:
+            return DenseGradients(memory.stack([present[n] for n in names]))
+
+        return port.combine(frozenset(present), select).view_as(port.tensor), None
+
+
+class LinearHeads(FanOut):
+    """All heads are linear: they run as one matrix product, and their gradients at z stay factored.
+
+    Attributes:
+        outputs: {task: (batch, ..., outputs of the task)}.
+    """
+
+    def __init__(self, tensor: Float[Tensor, "batch *shape"], heads: Mapping[str, nn.Linear]) -> None:
+        super().__init__(tensor, heads)
+        self.bias = tuple(h.bias is not None for h in heads.values())
+        weights = [h.weight for h in heads.values()]
+        biases = [h.bias for h in heads.values() if h.bias is not None]
+        outputs = _Joined.apply(tensor, *weights, *biases, self)  # type: ignore[no-untyped-call]
+        self.outputs: dict[str, Tensor] = dict(zip(self.tasks, outputs, strict=True))
+
+    def inputs_of(self, k: int) -> tuple[int, ...]:
+        """Which inputs of the joint product (z, the weights, the biases) the k-th output depends on."""
+        return (0, 1 + k, 1 + len(self.tasks) + sum(self.bias[:k])) if self.bias[k] else (0, 1 + k)
+
+    @staticmethod
+    def fits(heads: Iterable[nn.Module]) -> bool:
+        """Whether these heads can run as one product: plain ``nn.Linear`` without hooks."""
+        return all(type(h) is nn.Linear and not h._forward_hooks and not h._forward_pre_hooks for h in heads)
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        *parameters, port = arguments
+        weights, rest = parameters[: len(port.tasks)], parameters[len(port.tasks) :]
+        biases = [rest.pop(0) if has else w.new_zeros(len(w)) for w, has in zip(weights, port.bias, strict=True)]
+        ctx.save_for_backward(z, *weights)
+        ctx.set_materialize_grads(False)
+        ctx.port = port
+        joined = F.linear(z, torch.cat(weights), torch.cat(biases))
+        return tuple(torch.unsafe_split_with_sizes(joined, [len(w) for w in weights], dim=-1))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        z, *weights = ctx.saved_tensors
+        port: LinearHeads = ctx.port
+        n_arguments = len(weights) + sum(port.bias) + 2
+        present = [k for k, g in enumerate(gradients) if g is not None]
+        if not present:
+            return (None,) * n_arguments
+        W = torch.cat([weights[k] for k in present])
+        D = torch.cat([g.reshape(-1, g.shape[-1]) for g in gradients if g is not None], dim=1).to(W.dtype)
+        sizes = [len(weights[k]) for k in present]
+        found: list[Tensor | None] = [None] * n_arguments
+        dW = torch.split(D.T @ z.reshape(-1, z.shape[-1]).to(W.dtype), sizes)
+        for k, dw, db in zip(present, dW, torch.split(D.sum(0), sizes), strict=True):
+            for place, g in zip(port.inputs_of(k)[1:], (dw, db), strict=False):
+                found[place] = g
+        if ctx.needs_input_grad[0]:
+            ends = torch.tensor(sizes).cumsum(0).tolist()
+            columns = {port.tasks[k]: slice(end - size, end) for k, end, size in zip(present, ends, sizes, strict=True)}
+            dz = D @ W if port.combine is None else port.combine(frozenset(columns), _factored(D, W, columns))
+            found[0] = dz.view(z.shape).to(z.dtype)
+        return tuple(found)
+
+
+def _factored(D: Tensor, W: Tensor, columns: Mapping[str, slice]) -> Select:
+    return lambda names: LinearGradients(D, W, [columns[n] for n in names])
+
+
+def _total(gradients: Iterable[Tensor]) -> Tensor:
+    first, *others = gradients
+    if not others:
+        return first
+    result = first + others[0]
+    for g in others[1:]:
+        result += g
+    return result

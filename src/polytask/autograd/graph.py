@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from polytask.autograd.fan_out import LinearHeads
+
 
 def leaves(output: Tensor, stop_at: Iterable[Tensor] = ()) -> list[Tensor]:
     """The leaf tensors that ``output`` depends on, in a fixed order, without walking past ``stop_at``.
@@ -23,17 +25,23 @@ def leaves(output: Tensor, stop_at: Iterable[Tensor] = ()) -> list[Tensor]:
     if output.grad_fn is None:
         return [output] if output.requires_grad and id(output) not in excluded else []
     found: dict[int, Tensor] = {}
-    seen: set[Any] = set(barrier)
-    stack: list[Any] = [output.grad_fn]
+    # what a node depends on may differ between its outputs (linear heads run as one product): outputs are visited one by one
+    seen: set[tuple[Any, int]] = set()
+    stack: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
     while stack:
-        node = stack.pop()
-        if node in seen:
+        node, output_number = stack.pop()
+        port = getattr(node, "port", None)
+        entry = (node, output_number if isinstance(port, LinearHeads) else 0)
+        if entry in seen or node in barrier:
             continue
-        seen.add(node)
+        seen.add(entry)
         variable = getattr(node, "variable", None)
         if variable is not None:
             if id(variable) not in excluded:
                 found[id(variable)] = variable
             continue
-        stack.extend(child for child, _ in reversed(node.next_functions) if child is not None)
+        children = node.next_functions
+        if isinstance(port, LinearHeads):
+            children = [children[i] for i in port.inputs_of(output_number)]
+        stack.extend(child for child in reversed(children) if child[0] is not None)
     return list(found.values())

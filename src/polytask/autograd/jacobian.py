@@ -8,12 +8,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.autograd.workspace import Workspace
+
 
 def jacobian(
     losses: Sequence[Float[Tensor, ""]],
     parameters: Sequence[Tensor],
     own: Sequence[Sequence[Tensor]] | None = None,
     retain_graph: bool = False,
+    workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "tasks coordinates"], list[list[Tensor | None]]]:
     """Gradients of every loss with respect to the same parameters, one backward pass a loss.
 
@@ -22,13 +25,14 @@ def jacobian(
         parameters: the P coordinates, in the order in which they are laid out in a row.
         own: for each loss, further tensors whose gradients come out of the same pass (task-specific parameters).
         retain_graph: keep the graph after the last pass.
+        workspace: where J is written; new memory when omitted.
 
     Returns:
         J, shape (K, P), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.
         Cost: K backward passes, K x P numbers.
     """
     sizes = [p.numel() for p in parameters]
-    rows = torch.empty(len(losses), sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    rows = (workspace or Workspace()).matrix(len(losses), sum(sizes), parameters[0])
     extra: list[list[Tensor | None]] = []
     for k, loss in enumerate(losses):
         mine = list(own[k]) if own is not None else []

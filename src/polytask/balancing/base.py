@@ -19,7 +19,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.autograd import Workspace, gramian
 from polytask.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 Preference = Sequence[float] | Mapping[str, float] | None
+
+
+class BaseOptions(TypedDict, total=False):
+    """What every balancer takes beside its own options; see :class:`Balancer`."""
+
+    preference: Preference
+    log_losses: bool
+    seed: int
 
 
 @dataclass
@@ -61,7 +70,8 @@ class Balancer(ABC):
 
     Args:
         preference: positive importance of each task, by position or by name; ones when omitted. Only its direction matters.
-        log_losses: balance log L instead of L (all losses must be positive): a scale-free start for any method.
+        log_losses: balance log L instead of L (all losses must be positive): a scale-free start for any method. Without effect on the
+            methods that take logarithms themselves.
         seed: seeds the method's own random generator, whose state is part of ``state_dict``.
 
     Attributes:
@@ -69,11 +79,13 @@ class Balancer(ABC):
         active: indices into ``tasks`` of those present in the current call.
         state: everything that must survive a restart: tensors, arrays, numbers, by name.
         observation: what the last step saw.
+        workspace: memory for the task gradients, kept between steps.
     """
 
     needs: ClassVar[str]
     method: ClassVar[Method]
     needs_second_evaluation: ClassVar[bool] = False
+    takes_logarithms: ClassVar[bool] = False
 
     def __init__(self, *, preference: Preference = None, log_losses: bool = False, seed: int = 0) -> None:
         if preference is not None:
@@ -87,6 +99,7 @@ class Balancer(ABC):
         self.active: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
         self.state: dict[str, Any] = {}
         self.observation: Observation | None = None
+        self.workspace = Workspace()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:  # noqa: ARG002
         """The state before the first step, all of it, with its final shapes."""
@@ -107,7 +120,9 @@ class Balancer(ABC):
             self.state = self.initial_state(len(self.tasks))
         unknown = [t for t in tasks if t not in self.tasks]
         if unknown:
-            raise InputError(f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(unknown)} is not one of them")
+            raise InputError(
+                f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(unknown)} is not one of them"
+            )
         self.active = np.array([self.tasks.index(t) for t in tasks], dtype=np.intp)
 
     def _bind_count(self, n: int) -> None:
@@ -120,14 +135,21 @@ class Balancer(ABC):
             self.active = np.arange(n)
 
     @property
-    def p(self) -> Vector:
-        """The preference of the active tasks, shape (active,), scaled to sum to their number."""
+    def importance(self) -> Vector:
+        """The preference of the active tasks as it was given, shape (active,); ones when it was omitted."""
         if self.preference is None:
             return np.ones(len(self.active))
         assert self.tasks is not None
-        ordered = [self.preference[t] for t in self.tasks] if isinstance(self.preference, Mapping) else list(self.preference)
-        p = np.asarray(ordered, dtype=np.float64)[self.active]
-        return np.asarray(p * (len(p) / p.sum()))
+        ordered = (
+            [self.preference[t] for t in self.tasks] if isinstance(self.preference, Mapping) else list(self.preference)
+        )
+        return np.asarray(ordered, dtype=np.float64)[self.active]
+
+    @property
+    def p(self) -> Vector:
+        """The preference of the active tasks, shape (active,), scaled to sum to their number."""
+        importance = self.importance
+        return np.asarray(importance * (len(importance) / importance.sum()))
 
     def begin_epoch(self) -> None:  # noqa: B027
         """Told by the training loop at the start of each epoch; for methods that work on epoch means."""
@@ -137,7 +159,7 @@ class Balancer(ABC):
 
     def transform(self, losses: Float[Tensor, "*tasks"]) -> Float[Tensor, "*tasks"]:
         """What is balanced, elementwise: L, or log L with ``log_losses``."""
-        if not self.log_losses:
+        if not self.log_losses or self.takes_logarithms:
             return losses
         return torch.log(losses.clamp_min(torch.finfo(losses.dtype).tiny))
 
@@ -173,6 +195,18 @@ class LossWeighting(Balancer):
         """d(scalar)/d(loss) at these loss values, shape (tasks,); state moves on as in a step."""
         self._bind_count(len(losses))
         return self.combine(losses.detach())[1]
+
+    def direction(
+        self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
+    ) -> Float[Tensor, " coordinates"]:
+        """The update direction, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates), and the losses they belong to.
+
+        Raises:
+            InputError: no losses.
+        """
+        if losses is None:
+            raise InputError(f"{self.method.name} weighs losses by their values: give losses=")
+        return self.weights(losses).to(jacobian.dtype) @ jacobian
 
 
 class GramianWeighting(Balancer):
@@ -226,7 +260,9 @@ class GramianWeighting(Balancer):
         scale = float(np.diag(C)[kept].mean())
         self.active = everyone[kept]
         try:
-            w[kept] = self.solve(C[np.ix_(kept, kept)] / scale, None if losses is None else losses[kept]) * scale**self.degree
+            w[kept] = (
+                self.solve(C[np.ix_(kept, kept)] / scale, None if losses is None else losses[kept]) * scale**self.degree
+            )
         finally:
             self.active = everyone
         return w
@@ -235,8 +271,6 @@ class GramianWeighting(Balancer):
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
     ) -> Float[Tensor, " coordinates"]:
         """The update direction w @ J, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates)."""
-        from polytask.autograd import gramian
-
         return self.weights(gramian(jacobian), losses).to(jacobian.dtype) @ jacobian
 
 
@@ -246,7 +280,9 @@ class GradientAggregator(Balancer):
     needs = "jacobian"
 
     @abstractmethod
-    def aggregate(self, J: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None) -> Float[Tensor, " coordinates"]:
+    def aggregate(
+        self, J: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None
+    ) -> Float[Tensor, " coordinates"]:
         """The update direction, shape (coordinates,), given finite per-task gradients."""
 
     def direction(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
 
@@ -10,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polytask.autograd import FanOut, gramian, jacobian, leaves
+from polytask.autograd import DenseGradients, FanOut, TaskGradients, gramian, jacobian, leaves
+from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
 from polytask.errors import InputError, TrainingError
 
@@ -31,9 +33,9 @@ def backward(
 ) -> Observation:
     r"""Fill ``.grad`` of shared and task parameters with what the balancer makes of the losses.
 
-    Shared parameters receive :math:`\sum_i w_i \nabla L_i` (or what the aggregator returns); parameters that belong to one task
-    receive the gradient of their own loss, unless the method weighs the losses themselves. Like ``Tensor.backward``, gradients are **added** to
-    what ``.grad`` already holds.
+    Shared parameters receive :math:`\sum_i w_i \nabla L_i` (or what the aggregator returns); parameters that belong
+    to one task receive the gradient of their own loss, unless the method weighs the losses themselves. Like
+    ``Tensor.backward``, gradients are **added** to what ``.grad`` already holds.
 
     Args:
         losses: {task: scalar}, a sequence of scalars, or a tensor of shape (tasks,), all with graph. Absent tasks are left out.
@@ -61,22 +63,22 @@ def backward(
         from polytask.balancing import make
 
         balancer = make(balancer)
-    values = torch.stack([loss.detach().reshape(()) for loss in named.values()])
-    _check_finite(values, list(named))
-    balancer.bind(list(named))
+    names = list(named)
+    balancer.bind(names)
     scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
     # one by one: unstacking a stack would send every pass through all heads, with zeros
-    each = [balancer.transform(loss.reshape(())) for loss in named.values()]
+    each = [balancer.transform(loss if loss.ndim == 0 else loss.reshape(())) for loss in named.values()]
     stacked = torch.stack(each)
+    _check_finite(stacked.detach(), names)
     ports = _features(features)
     if isinstance(balancer, LossWeighting):
-        observation = _values(balancer, stacked, list(named), ports if observe else [], scale)
+        observation = _values(balancer, stacked, names, ports if observe else [], scale)
     elif level == "exact" or (level == "auto" and not ports):
-        observation = _exact(balancer, list(named), each, shared, scale)
+        observation = _exact(balancer, names, each, shared, scale)
     elif not ports:
         raise InputError("level='representation' needs features=: the shared representation that every head reads")
     else:
-        observation = _representation(balancer, each, list(named), ports, scale)
+        observation = _representation(balancer, each, stacked, names, ports, scale)
     balancer.observation = observation
     return observation
 
@@ -85,7 +87,9 @@ def _named(losses: Losses) -> dict[str, Tensor]:
     if isinstance(losses, Mapping):
         named = dict(losses)
     elif isinstance(losses, Tensor) and losses.ndim != 1:
-        raise InputError(f"a tensor of losses has shape (tasks,), not {tuple(losses.shape)}; name the losses in a dict or give a list")
+        raise InputError(
+            f"a tensor of losses has shape (tasks,), not {tuple(losses.shape)}; name the losses in a dict or give a list"
+        )
     else:
         named = {str(i): loss for i, loss in enumerate(losses)}
     if not named:
@@ -96,7 +100,9 @@ def _named(losses: Losses) -> dict[str, Tensor]:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss of task {name!r} must be a scalar tensor, not {what}")
         if not loss.requires_grad:
-            raise InputError(f"the loss of task {name!r} has no graph: no parameter that requires gradients leads to it")
+            raise InputError(
+                f"the loss of task {name!r} has no graph: no parameter that requires gradients leads to it"
+            )
         if id(loss) in seen:
             raise InputError(f"the same loss was given for the tasks {seen[id(loss)]!r} and {name!r}")
         seen[id(loss)] = name
@@ -104,9 +110,10 @@ def _named(losses: Losses) -> dict[str, Tensor]:
 
 
 def _check_finite(values: Tensor, names: Sequence[str]) -> None:
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
-        bad = [(n, v) for n, v, ok in zip(names, values.tolist(), finite.tolist(), strict=True) if not ok]
+    if math.isfinite(values.sum().item()):
+        return
+    bad = [(n, v) for n, v in zip(names, values.tolist(), strict=True) if not math.isfinite(v)]
+    if bad:
         raise TrainingError("; ".join(f"the loss of task {n!r} is {v}" for n, v in bad) + ": no gradient was touched")
 
 
@@ -119,21 +126,25 @@ def _features(features: Features) -> list[FanOut | Tensor]:
 
 
 def _values(
-    balancer: LossWeighting, losses: Float[Tensor, " tasks"], names: list[str], ports: list[FanOut | Tensor], scale: float
+    balancer: LossWeighting,
+    losses: Float[Tensor, " tasks"],
+    names: list[str],
+    ports: list[FanOut | Tensor],
+    scale: float,
 ) -> Observation:
     total, weights = balancer.combine(losses)
     observation = Observation(tuple(names), losses.detach(), weights, None, "values")
     port = ports[0] if len(ports) == 1 and isinstance(ports[0], FanOut) else None
     if port is not None:
 
-        def watch(gradients: dict[str, Tensor]) -> Tensor:
-            if set(gradients) == set(names):
-                rows = torch.stack([gradients[n].flatten() for n in names])
-                w = (weights * scale).to(torch.float64)
-                observation.gramian = gramian(rows) / torch.outer(w, w)
-            return torch.stack(list(gradients.values())).sum(0)
+        def watch(present: frozenset[str], select: Select) -> Tensor:
+            if present >= set(names):
+                w = (weights * scale).double()
+                observation.gramian = select(names).gramian() / torch.outer(w, w)
+            everyone = [n for n in names if n in present]
+            return select(everyone).combination(total.new_ones(len(everyone)))
 
-        port.combine = watch
+        port.combine, port.workspace = watch, balancer.workspace
     try:
         (total * scale if scale != 1.0 else total).backward()  # type: ignore[no-untyped-call]
     finally:
@@ -143,24 +154,22 @@ def _values(
 
 
 def _weigh(
-    balancer: Balancer, rows: Tensor, losses: Tensor, names: list[str], scale: float, level: str
+    balancer: Balancer, gradients: TaskGradients, losses: Tensor, names: list[str], scale: float, level: str
 ) -> tuple[Tensor, Observation]:
-    """The direction for rows that stand multiplied by ``scale``, multiplied by it again, and what was seen on the way."""
+    """The direction for gradients that stand multiplied by ``scale``, multiplied by it again, and what was seen on the way."""
+    values = losses.detach()
     if isinstance(balancer, GradientAggregator):
-        finite = torch.isfinite(rows).all(1)
-        _refuse([n for n, ok in zip(names, finite.tolist(), strict=True) if not ok])
-        direction = balancer.direction(rows / scale if scale != 1.0 else rows, losses.detach())
-        return (
-            direction * scale if scale != 1.0 else direction,
-            Observation(tuple(names), losses.detach(), None, gramian(rows) / scale**2, level),
-        )
+        rows = gradients.rows()
+        _refuse([n for n, ok in zip(names, torch.isfinite(rows).all(1).tolist(), strict=True) if not ok])
+        direction = balancer.direction(rows / scale if scale != 1.0 else rows, values)
+        seen = Observation(tuple(names), values, None, gramian(rows) / scale**2, level)
+        return direction * scale if scale != 1.0 else direction, seen
     assert isinstance(balancer, GramianWeighting)
-    C = gramian(rows) / scale**2
+    C = gradients.gramian() / scale**2
     host = C.cpu().numpy()
     _refuse([n for n, ok in zip(names, np.isfinite(np.diag(host)), strict=True) if not ok])
-    values = losses.detach().double().cpu().numpy()
-    w = torch.from_numpy(balancer.weights_of(host, values)).to(rows)
-    return w @ rows, Observation(tuple(names), losses.detach(), w, C, level)
+    w = torch.from_numpy(balancer.weights_of(host, values.double().cpu().numpy())).to(C.device)
+    return gradients.combination(w), Observation(tuple(names), values, w.to(values), C, level)
 
 
 def _refuse(names: list[str]) -> None:
@@ -169,27 +178,33 @@ def _refuse(names: list[str]) -> None:
 
 
 def _representation(
-    balancer: Balancer, losses: list[Tensor], names: list[str], ports: list[FanOut | Tensor], scale: float
+    balancer: Balancer,
+    losses: list[Tensor],
+    stacked: Tensor,
+    names: list[str],
+    ports: list[FanOut | Tensor],
+    scale: float,
 ) -> Observation:
     if len(ports) == 1 and isinstance(ports[0], FanOut):
-        return _one_pass(balancer, torch.stack(losses), names, ports[0], scale)
+        return _one_pass(balancer, stacked, names, ports[0], scale)
     return _two_passes(balancer, losses, names, [f.tensor if isinstance(f, FanOut) else f for f in ports], scale)
 
 
-def _one_pass(balancer: Balancer, losses: Float[Tensor, " tasks"], names: list[str], port: FanOut, scale: float) -> Observation:
+def _one_pass(
+    balancer: Balancer, losses: Float[Tensor, " tasks"], names: list[str], port: FanOut, scale: float
+) -> Observation:
     seen: list[Observation] = []
 
-    def combine(gradients: dict[str, Tensor]) -> Tensor:
-        present = [n for n in names if n in gradients]
+    def combine(reached: frozenset[str], select: Select) -> Tensor:
+        present = [n for n in names if n in reached]
         if present != names:
             balancer.bind(present)
-        rows = torch.stack([gradients[n].flatten() for n in present])
         some = losses if present == names else losses[[names.index(n) for n in present]]
-        direction, observation = _weigh(balancer, rows, some, present, scale, "representation")
+        direction, observation = _weigh(balancer, select(present), some, present, scale, "representation")
         seen.append(observation)
-        return direction.view_as(port.tensor)
+        return direction
 
-    port.combine = combine
+    port.combine, port.workspace = combine, balancer.workspace
     try:
         total = losses.sum()
         (total * scale if scale != 1.0 else total).backward()  # type: ignore[no-untyped-call]
@@ -200,35 +215,42 @@ def _one_pass(balancer: Balancer, losses: Float[Tensor, " tasks"], names: list[s
     return seen[0]
 
 
-def _two_passes(balancer: Balancer, losses: list[Tensor], names: list[str], features: list[Tensor], scale: float) -> Observation:
+def _two_passes(
+    balancer: Balancer, losses: list[Tensor], names: list[str], features: list[Tensor], scale: float
+) -> Observation:
     """Plain tensors that all heads read: each loss back to the features, then the trunk once."""
     scaled = [loss * scale for loss in losses] if scale != 1.0 else losses
     total = torch.stack(scaled).sum()
-    rows, _ = jacobian(scaled, features, retain_graph=True)
+    rows, _ = jacobian(scaled, features, retain_graph=True, workspace=balancer.workspace)
     if not bool(rows.any(dim=0).any()):
         raise InputError("no loss depends on the given features: is this the representation of the same forward pass?")
-    direction, observation = _weigh(balancer, rows, torch.stack(losses), names, scale, "representation")
+    direction, observation = _weigh(balancer, DenseGradients(rows), torch.stack(losses), names, scale, "representation")
     heads = leaves(total, stop_at=features)
     if heads:
         torch.autograd.backward(total, inputs=heads, retain_graph=True)
-    pieces = direction.split([f.numel() for f in features])
+    pieces = torch.split(direction, [f.numel() for f in features])
     torch.autograd.backward(features, [d.view_as(f) for d, f in zip(pieces, features, strict=True)])
     return observation
 
 
 def _exact(
-    balancer: Balancer, names: list[str], losses: list[Tensor], shared: Iterable[Tensor] | nn.Module | None, scale: float
+    balancer: Balancer,
+    names: list[str],
+    losses: list[Tensor],
+    shared: Iterable[Tensor] | nn.Module | None,
+    scale: float,
 ) -> Observation:
     reached = [leaves(loss) for loss in losses]
-    parameters, own = _partition(reached, shared)
+    complete = len(names) == len(balancer.tasks or ())
+    parameters, own = _partition(names if complete else None, reached, shared)
     scaled = [loss * scale for loss in losses] if scale != 1.0 else losses
     values = torch.stack(losses).detach()
     if not parameters:
         torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]
         return Observation(tuple(names), values, torch.ones_like(values), None, "exact")
-    rows, extra = jacobian(scaled, parameters, own)
-    direction, observation = _weigh(balancer, rows, values, names, scale, "exact")
-    for piece, p in zip(direction.split([p.numel() for p in parameters]), parameters, strict=True):
+    rows, extra = jacobian(scaled, parameters, own, workspace=balancer.workspace)
+    direction, observation = _weigh(balancer, DenseGradients(rows), values, names, scale, "exact")
+    for piece, p in zip(torch.split(direction, [p.numel() for p in parameters]), parameters, strict=True):
         _accumulate(p, piece.view_as(p))
     for mine, gradients in zip(own, extra, strict=True):
         for p, g in zip(mine, gradients, strict=True):
@@ -238,24 +260,30 @@ def _exact(
 
 
 def _partition(
-    reached: list[list[Tensor]], shared: Iterable[Tensor] | nn.Module | None
+    names: Sequence[str] | None, reached: list[list[Tensor]], shared: Iterable[Tensor] | nn.Module | None
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The shared parameters, and for each loss those it does not share."""
-    count: dict[int, int] = {}
-    for mine in reached:
+    """The shared parameters, and for each loss those it does not share. ``names`` are given where every task is present."""
+    readers: dict[int, list[int]] = {}
+    for k, mine in enumerate(reached):
         for p in mine:
-            count[id(p)] = count.get(id(p), 0) + 1
+            readers.setdefault(id(p), []).append(k)
     if shared is None:
         first_seen = {id(p): p for mine in reached for p in mine}
-        parameters = [p for i, p in first_seen.items() if count[i] > 1]
+        parameters = [p for i, p in first_seen.items() if len(readers[i]) > 1]
     else:
         parameters = [p for p in (shared.parameters() if isinstance(shared, nn.Module) else shared) if p.requires_grad]
-        if not any(id(p) in count for p in parameters):
+        if not any(id(p) in readers for p in parameters):
             raise InputError("no loss reaches any of the shared parameters: is this the model that made the losses?")
-        lonely = [i for i, p in enumerate(parameters) if id(p) not in count]
+        lonely = [i for i, p in enumerate(parameters) if id(p) not in readers]
         if lonely:
             shapes = ", ".join(f"number {i} of shape {tuple(parameters[i].shape)}" for i in lonely[:3])
             raise InputError(f"no loss reaches shared parameter {shapes}: take it out of shared=, or freeze it")
+        single = [(i, readers[id(p)][0]) for i, p in enumerate(parameters) if len(readers[id(p)]) == 1]
+        if names is not None and len(names) > 1 and single:
+            i, k = single[0]
+            raise InputError(
+                f"shared parameter number {i} of shape {tuple(parameters[i].shape)} is not shared: only the loss of {names[k]!r} reaches it"
+            )
     belongs = {id(p) for p in parameters}
     return parameters, [[p for p in mine if id(p) not in belongs] for mine in reached]
 

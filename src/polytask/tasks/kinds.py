@@ -1,7 +1,8 @@
 """Kinds of task: what a head puts out, the loss of each example, how outputs are read, what a missing label looks like.
 
-Every kind maps raw head outputs ``prediction`` of shape (batch, output_size) and labels ``target`` to **one loss per example**, shape (batch,),
-never negative, so that masks, weights, geometric means and logarithms of losses are possible. Labels stay in the user's own units.
+Every kind maps raw head outputs ``prediction`` of shape (batch, output_size) and labels ``target`` to **one loss per
+example**, shape (batch,), never negative, so that masks, weights, geometric means and logarithms of losses are
+possible. Labels stay in the user's own units.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Kind(ABC):
         return known.flatten(1).any(1) if known.ndim > 1 else known
 
     @abstractmethod
-    def loss(self, prediction: Float[Tensor, "batch *outputs"], target: Shaped[Tensor, "batch *rest"]) -> Float[Tensor, " batch"]:
+    def loss(
+        self, prediction: Float[Tensor, "batch *outputs"], target: Shaped[Tensor, "batch *rest"]
+    ) -> Float[Tensor, " batch"]:
         """The loss of each labelled example, at least 0."""
 
     @abstractmethod
@@ -68,16 +71,16 @@ class Binary(Kind):
 
     name: ClassVar[str] = "binary"
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         logit = _column(prediction)
         return F.binary_cross_entropy_with_logits(logit, target.to(logit.dtype), reduction="none")
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         p = torch.sigmoid(_column(prediction))
         return {"prediction": (p >= 0.5).to(torch.int64), "probability": p}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (
             Metric("roc_auc", m.roc_auc, True, "probability"),
             Metric("average_precision", m.average_precision, True, "probability"),
@@ -93,21 +96,21 @@ class Multiclass(Kind):
     name: ClassVar[str] = "multiclass"
 
     @property
-    def output_size(self) -> int:  # noqa: D102
+    def output_size(self) -> int:
         return self.n_classes
 
     @property
-    def target_dtype(self) -> torch.dtype:  # noqa: D102
+    def target_dtype(self) -> torch.dtype:
         return torch.int64
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(prediction, target.long(), reduction="none")
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         return {"prediction": prediction.argmax(-1), "probability": prediction.softmax(-1)}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (
             Metric("accuracy", m.accuracy, True),
             Metric("macro_f1", m.macro_f1, True),
@@ -123,20 +126,22 @@ class Multilabel(Kind):
     name: ClassVar[str] = "multilabel"
 
     @property
-    def output_size(self) -> int:  # noqa: D102
+    def output_size(self) -> int:
         return self.n_labels
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         known = ~torch.isnan(target)
-        each = F.binary_cross_entropy_with_logits(prediction, target.nan_to_num(0.0).to(prediction.dtype), reduction="none")
+        each = F.binary_cross_entropy_with_logits(
+            prediction, target.nan_to_num(0.0).to(prediction.dtype), reduction="none"
+        )
         return (each * known).sum(-1) / known.sum(-1).clamp_min(1)
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         p = torch.sigmoid(prediction)
         return {"prediction": (p >= 0.5).to(torch.int64), "probability": p}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (Metric("roc_auc", m.roc_auc, True, "probability"), Metric("log_loss", m.log_loss, False, "probability"))
 
 
@@ -148,14 +153,14 @@ class Regression(Kind):
     scale: float = 1.0
     name: ClassVar[str] = "regression"
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return (_column(prediction) - (target - self.center) / self.scale) ** 2
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         return {"prediction": _column(prediction) * self.scale + self.center}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (Metric("rmse", m.rmse, False), Metric("mae", m.mae, False), Metric("r2", m.r2, True, ratio_scale=False))
 
 
@@ -174,20 +179,20 @@ class Quantile(Kind):
             raise ValueError(f"quantiles lie strictly between 0 and 1, not {self.quantiles}")
 
     @property
-    def output_size(self) -> int:  # noqa: D102
+    def output_size(self) -> int:
         return len(self.quantiles)
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         q = prediction.new_tensor(self.quantiles)
         error = ((target - self.center) / self.scale)[:, None] - prediction
         return torch.maximum(q * error, (q - 1) * error).sum(-1)
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         # sorting never increases the pinball loss and removes crossing quantiles
         return {"prediction": prediction.sort(-1).values * self.scale + self.center}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (Metric("pinball", m.pinball(self.quantiles), False),)
 
 
@@ -198,15 +203,15 @@ class Count(Kind):
     mean: float = 1.0
     name: ClassVar[str] = "count"
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         log_rate = _column(prediction) + torch.as_tensor(self.mean).log()
         return torch.xlogy(target, target) - target * log_rate - target + log_rate.exp()
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         return {"prediction": self.mean * _column(prediction).exp()}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (Metric("poisson_deviance", m.poisson_deviance, False), Metric("mae", m.mae, False))
 
 
@@ -223,11 +228,11 @@ class Ordinal(Kind):
     name: ClassVar[str] = "ordinal"
 
     @property
-    def output_size(self) -> int:  # noqa: D102
+    def output_size(self) -> int:
         return self.n_classes - 1
 
     @property
-    def target_dtype(self) -> torch.dtype:  # noqa: D102
+    def target_dtype(self) -> torch.dtype:
         return torch.int64
 
     def cumulative_logits(self, prediction: Float[Tensor, "batch outputs"]) -> Float[Tensor, "batch outputs"]:
@@ -235,19 +240,19 @@ class Ordinal(Kind):
         steps = torch.cat([prediction[:, :1], -F.softplus(prediction[:, 1:])], dim=1)
         return steps.cumsum(1)
 
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:  # noqa: D102
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         logits = self.cumulative_logits(prediction)
         above = (target[:, None] > torch.arange(self.n_classes - 1, device=target.device)).to(logits.dtype)
         return F.binary_cross_entropy_with_logits(logits, above, reduction="none").mean(1)
 
-    def decode(self, prediction: Tensor) -> dict[str, Tensor]:  # noqa: D102
+    def decode(self, prediction: Tensor) -> dict[str, Tensor]:
         above = torch.sigmoid(self.cumulative_logits(prediction))
         edge = torch.ones_like(above[:, :1])
         probability = torch.cat([edge, above], 1) - torch.cat([above, torch.zeros_like(edge)], 1)
         return {"prediction": (above >= 0.5).sum(1), "probability": probability}
 
     @property
-    def metrics(self) -> tuple[Metric, ...]:  # noqa: D102
+    def metrics(self) -> tuple[Metric, ...]:
         return (
             Metric("mae", m.mae, False),
             Metric("accuracy", m.accuracy, True),
@@ -256,7 +261,9 @@ class Ordinal(Kind):
         )
 
 
-KINDS: dict[str, type[Kind]] = {k.name: k for k in (Binary, Multiclass, Multilabel, Regression, Quantile, Count, Ordinal)}
+KINDS: dict[str, type[Kind]] = {
+    k.name: k for k in (Binary, Multiclass, Multilabel, Regression, Quantile, Count, Ordinal)
+}
 
 
 def kind_from_json(description: dict[str, Any]) -> Kind:

@@ -52,7 +52,9 @@ def as_metric(metric: Any) -> Metric:
         raise TypeError(f"a metric is a polytask.tasks.Metric or a torchmetrics object, not {type(metric).__name__}")
     name = type(metric).__name__
     if metric.higher_is_better is None:
-        raise TypeError(f"the torchmetrics object {name} does not say whether higher is better: wrap it in a polytask.tasks.Metric")
+        raise TypeError(
+            f"the torchmetrics object {name} does not say whether higher is better: wrap it in a polytask.tasks.Metric"
+        )
 
     def function(y_true: Array, y_hat: Array) -> float:
         import torch
@@ -62,7 +64,11 @@ def as_metric(metric: Any) -> Metric:
         return float(metric.compute())
 
     reads: Literal["prediction", "probability"]
-    reads = "probability" if any(k in name.lower() for k in ("auroc", "averageprecision", "calibration", "logauc")) else "prediction"
+    reads = (
+        "probability"
+        if any(k in name.lower() for k in ("auroc", "averageprecision", "calibration", "logauc"))
+        else "prediction"
+    )
     return Metric(name, function, bool(metric.higher_is_better), reads)
 
 

@@ -25,7 +25,8 @@ class Task:
         name: unique among the tasks of a model.
         kind: what is predicted (:mod:`polytask.tasks.kinds`): how outputs are charged, read and judged.
         classes: the user's own names of the classes, in the order of their indices; empty for numbers.
-        example_loss: replaces the kind's loss: ``(prediction, target) -> (labelled examples,)``, or a scalar for losses that cannot be split.
+        example_loss: replaces the kind's loss: ``(prediction, target) -> (labelled examples,)``, or a scalar for losses
+            that cannot be split.
         judged_by: replaces the kind's metrics, the primary one first; torchmetrics objects are accepted.
     """
 
@@ -43,7 +44,9 @@ class Task:
         """What the task is judged by, the primary metric first."""
         return self.judged_by or self.kind.metrics
 
-    def loss(self, prediction: Float[Tensor, "batch *outputs"], target: Shaped[Tensor, "batch *rest"]) -> Float[Tensor, ""] | None:
+    def loss(
+        self, prediction: Float[Tensor, "batch *outputs"], target: Shaped[Tensor, "batch *rest"]
+    ) -> Float[Tensor, ""] | None:
         """Mean loss over the labelled examples, or None where none has a label.
 
         Raises:

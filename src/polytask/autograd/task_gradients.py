@@ -1,0 +1,93 @@
+"""Gradients of several tasks at one place, held in the form in which they arrive.
+
+A balancer asks three things of them: their Gramian, a combination of them, and (rarely) the rows themselves. Rows are one way to answer;
+for linear heads the gradient at the representation is a product of two small matrices, and the first two answers need no row at all.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.autograd.gramian import gramian
+
+
+class TaskGradients(ABC):
+    """The gradients g_1 .. g_K of K tasks with respect to the same P coordinates."""
+
+    @abstractmethod
+    def gramian(self) -> Float[Tensor, "tasks tasks"]:
+        """Inner products of the gradients, float64."""
+
+    @abstractmethod
+    def combination(self, w: Float[Tensor, " tasks"]) -> Float[Tensor, " coordinates"]:
+        """sum_k w_k g_k, flat."""
+
+    @abstractmethod
+    def rows(self) -> Float[Tensor, "tasks coordinates"]:
+        """The gradients as the rows of a matrix."""
+
+
+class DenseGradients(TaskGradients):
+    """Gradients that are the rows of a matrix."""
+
+    def __init__(self, rows: Float[Tensor, "tasks coordinates"]) -> None:
+        self._rows = rows
+
+    def gramian(self) -> Float[Tensor, "tasks tasks"]:
+        return gramian(self._rows)
+
+    def combination(self, w: Float[Tensor, " tasks"]) -> Float[Tensor, " coordinates"]:
+        return w.to(self._rows.dtype) @ self._rows
+
+    def rows(self) -> Float[Tensor, "tasks coordinates"]:
+        return self._rows
+
+
+class LinearGradients(TaskGradients):
+    r"""Gradients at the input of linear heads: :math:`g_k = D_k W_k` with D_k the gradient at the head's output.
+
+    .. math:: \langle g_k, g_l\rangle = \sum_{c \in k, c' \in l} (D^\top D)_{cc'} (W W^\top)_{cc'}
+
+    Args:
+        D: gradients at the outputs of all heads side by side, shape (examples, outputs), outputs of a task next to one another.
+        W: the heads' weights, shape (outputs, width).
+        columns: the outputs of each task.
+
+    Cost of the Gramian: (examples + width) outputs^2 instead of examples width tasks^2.
+    """
+
+    def __init__(
+        self, D: Float[Tensor, "examples outputs"], W: Float[Tensor, "outputs width"], columns: Sequence[slice]
+    ) -> None:
+        self._D, self._W, self._columns = D, W, tuple(columns)
+
+    def gramian(self) -> Float[Tensor, "tasks tasks"]:
+        examples, outputs = self._D.shape
+        width, tasks = self._W.shape[1], len(self._columns)
+        if outputs**2 * (examples + width) > tasks**2 * examples * width:
+            return gramian(self.rows())
+        kept = torch.cat([torch.arange(c.start, c.stop, device=self._D.device) for c in self._columns])
+        # float64: where D is orthogonal to what the rows of W share (softmax heads), the products below cancel
+        D, W = self._D[:, kept].double(), self._W[kept].double()
+        E = (D.T @ D) * (W @ W.T)
+        member = torch.zeros(tasks, len(kept), dtype=E.dtype, device=E.device)
+        start = 0
+        for k, c in enumerate(self._columns):
+            member[k, start : start + c.stop - c.start] = 1.0
+            start += c.stop - c.start
+        C = member @ E @ member.T
+        return (C + C.T) / 2
+
+    def combination(self, w: Float[Tensor, " tasks"]) -> Float[Tensor, " coordinates"]:
+        each = self._D.new_zeros(self._D.shape[1], dtype=self._W.dtype)
+        for value, c in zip(w.to(each), self._columns, strict=True):
+            each[c] = value
+        return ((self._D * each) @ self._W).flatten()
+
+    def rows(self) -> Float[Tensor, "tasks coordinates"]:
+        return torch.stack([(self._D[:, c] @ self._W[c]).flatten() for c in self._columns])
