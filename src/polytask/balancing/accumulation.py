@@ -1,0 +1,115 @@
+"""Exact per-task gradients of a batch that arrives in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from polytask.autograd import gramian, jacobian, leaves
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
+from polytask.errors import TrainingError
+
+
+class Accumulation:
+    r"""Add up the Jacobians of micro-batches (and of processes), then balance once.
+
+    With the loss of task k split into pieces, :math:`L_k = \sum_m L_{km}`, :meth:`add` takes the pieces of one micro-batch, adds their
+    gradients to a K x P buffer and lets their graph go; :meth:`backward` then does what :func:`polytask.backward` at exact level does on the
+    whole batch at once, for every method: loss weightings see the :math:`L_k`, Gramian methods :math:`JJ^\top`.
+
+    Args:
+        balancer: bound to all ``tasks``.
+        tasks: all tasks, whether or not a batch has them.
+        shared: the parameters to be balanced.
+        scale: what the losses are multiplied by for float16 (``scaler.get_scale()``); the gradients written stand multiplied by it.
+
+    Cost: K backward passes a micro-batch, K x P numbers; between processes one all-reduce of them.
+    """
+
+    def __init__(self, balancer: Balancer, tasks: Sequence[str], shared: Iterable[Tensor], scale: float = 1.0) -> None:
+        self.balancer, self.tasks, self.scale = balancer, tuple(tasks), scale
+        self.shared = [p for p in shared if p.requires_grad]
+        first = self.shared[0]
+        self.jacobian = torch.zeros(len(self.tasks), sum(p.numel() for p in self.shared), dtype=first.dtype, device=first.device)
+        self.losses = torch.zeros(len(self.tasks), dtype=torch.float32, device=first.device)
+        self.present = torch.zeros(len(self.tasks), dtype=torch.bool)
+        self.own: list[dict[Tensor, Tensor]] = [{} for _ in self.tasks]
+
+    def add(self, losses: Mapping[str, Tensor]) -> None:
+        """Take one micro-batch's pieces of the losses: {task: scalar with graph}; absent tasks are left out."""
+        if not losses:
+            return
+        common = {id(p) for p in self.shared}
+        mine = [[p for p in leaves(loss) if id(p) not in common] for loss in losses.values()]
+        rows, extra = jacobian([loss * self.scale for loss in losses.values()], self.shared, mine)
+        at = torch.tensor([self.tasks.index(n) for n in losses])
+        self.jacobian.index_add_(0, at.to(rows.device), rows)
+        self.losses.index_add_(0, at.to(rows.device), torch.stack([loss.detach() for loss in losses.values()]).to(self.losses))
+        self.present[at] = True
+        for k, parameters, gradients in zip(at.tolist(), mine, extra, strict=True):
+            for p, g in zip(parameters, gradients, strict=True):
+                if g is not None:
+                    self.own[k][p] = self.own[k][p] + g if p in self.own[k] else g
+
+    def reduce(self) -> None:
+        """Add up the pieces of all processes; every one of them calls it, then :meth:`backward`, and chooses the same direction."""
+        present = self.present.to(self.jacobian.device, torch.int32)
+        for tensor in (self.jacobian, self.losses, present):
+            dist.all_reduce(tensor)
+        self.present = present.bool().cpu()
+
+    def backward(self) -> Observation:
+        """Fill ``.grad`` of shared and task parameters, adding to what is there.
+
+        Raises:
+            TrainingError: a loss or a gradient that is not finite; the message names the task, and no ``.grad`` was touched.
+        """
+        kept = self.present.nonzero().flatten().to(self.jacobian.device)
+        names = [self.tasks[k] for k in kept.tolist()]
+        J = self.jacobian[kept] if len(kept) < len(self.tasks) else self.jacobian
+        values = self.losses[kept]
+        _refuse("loss", names, torch.isfinite(values))
+        _refuse("gradient", names, torch.isfinite(J).all(1))
+        self.balancer.bind(names)
+        direction, slopes, observation = self._choose(J, values, names)
+        self.balancer.observation = observation
+        for piece, p in zip(direction.split([p.numel() for p in self.shared]), self.shared, strict=True):
+            _add_to_gradient(p, piece.view_as(p))
+        for k, slope in zip(kept.tolist(), slopes, strict=True):
+            for p, g in self.own[k].items():
+                _add_to_gradient(p, slope * g)
+        return observation
+
+    def _choose(self, J: Tensor, values: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Observation]:
+        """The direction, d(what is differentiated)/d(loss) of each task for its own parameters, and what was seen."""
+        balancer, s = self.balancer, self.scale
+        L = values.clone().requires_grad_()
+        balanced = balancer.transform(L)
+        seen = balanced.detach()
+        if isinstance(balancer, LossWeighting):
+            total, weights = balancer.combine(balanced)
+            total.backward()  # type: ignore[no-untyped-call]
+            assert L.grad is not None
+            C = gramian(J) / s**2
+            return L.grad.to(J) @ J, L.grad, Observation(tuple(names), seen, weights, C, "exact")
+        (slopes,) = torch.autograd.grad(balanced.sum(), L)
+        rows = J if not balancer.log_losses else J * slopes.to(J)[:, None]
+        C = gramian(rows) / s**2
+        if isinstance(balancer, GradientAggregator):
+            return balancer.direction(rows / s, seen) * s, slopes, Observation(tuple(names), seen, None, C, "exact")
+        assert isinstance(balancer, GramianWeighting)
+        w = torch.from_numpy(balancer.weights_of(C.cpu().numpy(), seen.double().cpu().numpy())).to(rows)
+        return w @ rows, slopes, Observation(tuple(names), seen, w, C, "exact")
+
+
+def _refuse(what: str, names: list[str], finite: Tensor) -> None:
+    if not bool(finite.all()):
+        bad = ", ".join(repr(n) for n, ok in zip(names, finite.tolist(), strict=True) if not ok)
+        raise TrainingError(f"the {what} of task {bad} is not finite: no gradient was touched")
+
+
+def _add_to_gradient(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient

@@ -1,0 +1,222 @@
+"""One optimizer step: micro-batches -> losses -> balanced gradients -> clip -> update."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from polytask.autograd import leaves
+from polytask.balancing import Balancer, LossWeighting, Observation, backward
+from polytask.balancing.accumulation import Accumulation
+from polytask.errors import TrainingError
+from polytask.models import MultiTaskModel
+from polytask.tasks import Tasks
+from polytask.training.config import TrainConfig
+from polytask.training.data import Batch, to_device
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step leaves for the logs, still on the device: losses of ``tasks``; weights and gradient norms of ``weighed``."""
+
+    tasks: tuple[str, ...]
+    losses: Tensor
+    weighed: tuple[str, ...]
+    weights: Tensor | None
+    norms: Tensor | None
+
+
+class Stepper:
+    """Takes optimizer steps.
+
+    Args:
+        model: as prepared by accelerate (perhaps wrapped for several processes).
+        tasks: what is learnt.
+        balancer: bound to all tasks.
+        optimizer: as prepared by accelerate.
+        accelerator: device, precision, processes.
+        config: accumulate, clip_norm, level and norms_every are read.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, tasks: Tasks, balancer: Balancer, optimizer: Any, accelerator: Accelerator, config: TrainConfig
+    ) -> None:
+        self.model, self.tasks, self.balancer, self.optimizer = model, tasks, balancer, optimizer
+        self.accelerator, self.config = accelerator, config
+        self.module: MultiTaskModel = accelerator.unwrap_model(model)
+        self.processes = accelerator.num_processes
+        self._has_features: bool | None = None
+
+    def __call__(self, pieces: Sequence[Batch], number: int) -> StepRecord | None:
+        """Take step ``number``; None where no row of it has a label.
+
+        Raises:
+            TrainingError: a loss or gradient that is not finite; the message names the task.
+        """
+        pieces = [(to_device(inputs, self.accelerator.device), to_device(targets, self.accelerator.device)) for inputs, targets in pieces]
+        shares = self._shares(pieces)
+        self.optimizer.zero_grad()
+        generators: list[Tensor] = []
+        if (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
+            losses, observation = self._accumulate(pieces, shares, generators)
+        else:
+            losses, observation = self._piecewise(pieces, shares, generators, number % self.config.norms_every == 0)
+        if observation is None:
+            return None
+        self._clip()
+        self.optimizer.step()
+        if self.balancer.needs_second_evaluation:
+            self._evaluate_again(pieces, shares, generators)
+        C = observation.gramian
+        norms = None if C is None else C.diagonal().clamp_min(0).sqrt()
+        return StepRecord(tuple(losses), torch.stack(list(losses.values())), observation.tasks, observation.weights, norms)
+
+    def _shares(self, pieces: Sequence[Batch]) -> list[dict[str, float]] | None:
+        """For each micro-batch and task its share of the step's labelled rows, over all processes; None where there is one piece."""
+        if len(pieces) == 1 and self.processes == 1:
+            return None
+        none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        counts = torch.stack(
+            [torch.stack([t.kind.labelled(y[n]).sum() if n in y else none for n, t in self.tasks.items()]) for _, y in pieces]
+        ).double()
+        total = self.accelerator.reduce(counts.sum(0), "sum")
+        share = (counts / total.clamp_min(1)).tolist()
+        return [dict(zip(self.tasks, row, strict=True)) for row in share]
+
+    def _exact(self, piece: Batch) -> bool:
+        """Whether gradients are taken at the parameters, so that pieces can be added up before they are balanced."""
+        if self.config.level != "auto":
+            return self.config.level == "exact"
+        if isinstance(self.balancer, LossWeighting):
+            return False
+        if self._has_features is None:  # a look in evaluation mode, which draws no random number
+            self.module.eval()
+            self.module(piece[0])
+            self.module.train()
+            self._has_features = bool(self.module.features)
+        return not self._has_features
+
+    def _losses(self, model: torch.nn.Module, piece: Batch, shares: dict[str, float] | None, times: float) -> dict[str, Tensor]:
+        losses = self.tasks.losses(model(piece[0], tasks=tuple(self.tasks)), piece[1])
+        return losses if shares is None else {n: loss * (shares[n] * times) for n, loss in losses.items()}
+
+    def _piecewise(
+        self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor], observe: bool
+    ) -> tuple[dict[str, Tensor], Observation | None]:
+        """Balance every micro-batch on its own and take the mean of the gradients; each loss is scaled to be unbiased for the step's."""
+        total: dict[str, Tensor] = {}
+        observation: Observation | None = None
+        times = float(len(pieces) * self.processes)
+        for i, piece in enumerate(pieces):
+            self._remember(generators)
+            last = i + 1 == len(pieces)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                losses = self._losses(self.model, piece, shares and shares[i], times)
+                if losses:
+                    observation = backward(
+                        losses,
+                        shared=self._shared(losses),
+                        balancer=self.balancer,
+                        features=self.module.features or None,
+                        level=self.config.level,
+                        scaler=self.accelerator.scaler,
+                        observe=observe,
+                    )
+            for n, loss in losses.items():
+                total[n] = total[n] + loss.detach() / len(pieces) if n in total else loss.detach() / len(pieces)
+        if len(pieces) > 1:
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            torch._foreach_mul_(gradients, 1 / len(pieces))
+        return total, observation
+
+    def _accumulate(
+        self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor]
+    ) -> tuple[dict[str, Tensor], Observation | None]:
+        """Add up the Jacobians of all micro-batches and processes and balance once, as if they were one batch."""
+        scaler = self.accelerator.scaler
+        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        whole = Accumulation(self.balancer, tuple(self.tasks), self.module.shared_parameters(), scale)
+        for i, piece in enumerate(pieces):
+            self._remember(generators)
+            whole.add(self._losses(self.module, piece, shares and shares[i], 1.0))
+        if self.processes > 1:
+            whole.reduce()
+        if not bool(whole.present.any()):
+            return {}, None
+        observation = whole.backward()
+        if self.processes > 1:
+            self._share_own_gradients()
+        return {n: whole.losses[k] for k, n in enumerate(self.tasks) if whole.present[k]}, observation
+
+    def _share_own_gradients(self) -> None:
+        """Task parameters got the gradient of this process's rows only: add the others'."""
+        shared = {id(p) for p in self.module.shared_parameters()}
+        for p in self.module.parameters():
+            if id(p) not in shared and p.requires_grad:
+                mine = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = self.accelerator.reduce(mine, "sum")
+
+    def _shared(self, losses: dict[str, Tensor]) -> list[Tensor]:
+        shared: list[Tensor] = list(self.module.shared_parameters())
+        if len(losses) == len(self.tasks):
+            return shared
+        reached = {id(p) for loss in losses.values() for p in leaves(loss)}
+        return [p for p in shared if id(p) in reached]
+
+    def _clip(self) -> None:
+        if self.config.clip_norm is None:
+            return
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
+        # under float16 an overflow is the scaler's business: it skips the step and lowers the scale
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise TrainingError("the gradient of the balanced losses is not finite although every loss is: the step was not taken")
+
+    def _remember(self, generators: list[Tensor]) -> None:
+        if self.balancer.needs_second_evaluation:
+            generators.append(torch.get_rng_state())
+
+    @torch.no_grad()
+    def _evaluate_again(self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor]) -> None:
+        """The same batch with the same dropout masks after the update; of several pieces balanced apart, the last."""
+        whole = len(pieces) > 1 and self._exact(pieces[0])
+        first = 0 if whole else len(pieces) - 1
+        times = 1.0 if whole else float(len(pieces) * self.processes)
+        total: dict[str, Tensor] = {}
+        with torch.random.fork_rng():
+            for i in range(first, len(pieces)):
+                torch.set_rng_state(generators[i])
+                for n, loss in self._losses(self.module, pieces[i], shares and shares[i], times).items():
+                    total[n] = total[n] + loss if n in total else loss
+        self.balancer.after_step(total)
+
+
+def table_of(records: Sequence[StepRecord], tasks: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Records as one array (steps, 3, tasks) of losses, weights and gradient norms, NaN where unknown; one transfer from the device."""
+    table = np.full((len(records), 3, len(tasks)), np.nan)
+    if not records:
+        return table
+    at = {n: k for k, n in enumerate(tasks)}
+    parts: list[Tensor] = []
+    places: list[tuple[int, int, list[int]]] = []
+    for s, r in enumerate(records):
+        for row, names, values in ((0, r.tasks, r.losses), (1, r.weighed, r.weights), (2, r.weighed, r.norms)):
+            if values is not None:
+                parts.append(values.to(r.losses))
+                places.append((s, row, [at[n] for n in names]))
+    flat = torch.cat(parts).double().cpu().numpy()
+    begin = 0
+    for s, row, columns in places:
+        table[s, row, columns] = flat[begin : begin + len(columns)]
+        begin += len(columns)
+    return table
