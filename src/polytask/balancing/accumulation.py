@@ -33,7 +33,9 @@ class Accumulation:
         self.balancer, self.tasks, self.scale = balancer, tuple(tasks), scale
         self.shared = [p for p in shared if p.requires_grad]
         first = self.shared[0]
-        self.jacobian = torch.zeros(len(self.tasks), sum(p.numel() for p in self.shared), dtype=first.dtype, device=first.device)
+        self.jacobian = torch.zeros(
+            len(self.tasks), sum(p.numel() for p in self.shared), dtype=first.dtype, device=first.device
+        )
         self.losses = torch.zeros(len(self.tasks), dtype=torch.float32, device=first.device)
         self.present = torch.zeros(len(self.tasks), dtype=torch.bool)
         self.own: list[dict[Tensor, Tensor]] = [{} for _ in self.tasks]
@@ -47,7 +49,9 @@ class Accumulation:
         rows, extra = jacobian([loss * self.scale for loss in losses.values()], self.shared, mine)
         at = torch.tensor([self.tasks.index(n) for n in losses])
         self.jacobian.index_add_(0, at.to(rows.device), rows)
-        self.losses.index_add_(0, at.to(rows.device), torch.stack([loss.detach() for loss in losses.values()]).to(self.losses))
+        self.losses.index_add_(
+            0, at.to(rows.device), torch.stack([loss.detach() for loss in losses.values()]).to(self.losses)
+        )
         self.present[at] = True
         for k, parameters, gradients in zip(at.tolist(), mine, extra, strict=True):
             for p, g in zip(parameters, gradients, strict=True):

@@ -88,7 +88,11 @@ def clear_unfinished(path: Path) -> None:
 
 def generator_states() -> dict[str, Any]:
     """The states of python's, numpy's and torch's global random generators."""
-    state: dict[str, Any] = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}  # noqa: NPY002
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }  # noqa: NPY002
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -145,5 +149,3 @@ def _put_together(shape: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_put_together(v, tensors) for v in content)
     return {_put_together(k, tensors): _put_together(v, tensors) for k, v in content}
-
-

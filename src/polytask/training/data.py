@@ -31,7 +31,11 @@ class TaskData:
     def __init__(self, inputs: Mapping[str, Tensor] | Tensor, targets: Mapping[str, Tensor]) -> None:
         self.inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         self.targets = dict(targets)
-        named = {f"the input {n!r}": t for n, t in self.inputs.items()} if isinstance(self.inputs, dict) else {"the input": self.inputs}
+        named = (
+            {f"the input {n!r}": t for n, t in self.inputs.items()}
+            if isinstance(self.inputs, dict)
+            else {"the input": self.inputs}
+        )
         named |= {f"the labels of task {n!r}": t for n, t in self.targets.items()}
         if not named:
             raise InputError("there are neither inputs nor labels")
@@ -39,7 +43,9 @@ class TaskData:
         self._rows = len(tensor)
         for name, other in named.items():
             if len(other) != self._rows:
-                raise InputError(f"{first} has {self._rows} rows, {name} {'have' if 'labels' in name else 'has'} {len(other)}")
+                raise InputError(
+                    f"{first} has {self._rows} rows, {name} {'have' if 'labels' in name else 'has'} {len(other)}"
+                )
 
     def __len__(self) -> int:
         return self._rows
@@ -86,12 +92,22 @@ class Batches:
     """
 
     def __init__(
-        self, data: TrainingData, *, batch_size: int, accumulate: int = 1, seed: int = 0, share: tuple[int, int] = (0, 1)
+        self,
+        data: TrainingData,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.data, self.batch_size, self.accumulate, self.seed = data, batch_size, accumulate, seed
         self.rank, self.processes = share
         if isinstance(data, TaskData) and len(data) < self.processes:
-            raise InputError("there is no row to train on" if not len(data) else f"{len(data)} rows do not go round {self.processes} processes")
+            raise InputError(
+                "there is no row to train on"
+                if not len(data)
+                else f"{len(data)} rows do not go round {self.processes} processes"
+            )
 
     @property
     def steps(self) -> int | None:

@@ -23,7 +23,9 @@ LEAST_REFERENCE = 1e-3
 
 
 @torch.no_grad()
-def raw_outputs(model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: int = 4096) -> dict[str, Float[Tensor, "rows *outputs"]]:
+def raw_outputs(
+    model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: int = 4096
+) -> dict[str, Float[Tensor, "rows *outputs"]]:
     """The raw outputs of the heads on all rows, in evaluation mode, float32 on the CPU."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     names, n = tuple(tasks), len(rows_of(inputs))
@@ -40,7 +42,9 @@ def raw_outputs(model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: int 
     return {name: torch.cat(pieces) for name, pieces in found.items()}
 
 
-def predict_outputs(model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: int = 4096) -> dict[str, dict[str, Array]]:
+def predict_outputs(
+    model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: int = 4096
+) -> dict[str, dict[str, Array]]:
     """Predict every row.
 
     Args:
@@ -57,7 +61,9 @@ def predict_outputs(model: nn.Module, tasks: Tasks, inputs: Inputs, batch_size: 
     return {name: {what: t.numpy() for what, t in parts.items()} for name, parts in decoded.items()}
 
 
-def evaluate(model: nn.Module, tasks: Tasks, data: TrainingData, batch_size: int = 4096) -> tuple[dict[str, float | None], Metrics]:
+def evaluate(
+    model: nn.Module, tasks: Tasks, data: TrainingData, batch_size: int = 4096
+) -> tuple[dict[str, float | None], Metrics]:
     """The loss and every metric of every task on its labelled rows.
 
     Returns:
@@ -123,12 +129,12 @@ def constant_loss(task: Task, output: Float[Tensor, "rows *outputs"], target: Te
         search.zero_grad()
         loss = charge()
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss)
+        return float(loss.detach())
 
     with torch.enable_grad():
-        at_zero = float(charge())
+        at_zero = float(charge().detach())
         search.step(closure)
-        best = float(charge())
+        best = float(charge().detach())
     return max(min(best, at_zero), LEAST_REFERENCE * at_zero)
 
 

@@ -22,10 +22,23 @@ from polytask.errors import InputError, TrainingError
 from polytask.models import MultiTaskModel
 from polytask.registry import find
 from polytask.tasks import Tasks
-from polytask.training.checkpoint import clear_unfinished, generator_states, load_checkpoint, restore_generators, save_checkpoint
+from polytask.training.checkpoint import (
+    clear_unfinished,
+    generator_states,
+    load_checkpoint,
+    restore_generators,
+    save_checkpoint,
+)
 from polytask.training.config import TrainConfig
 from polytask.training.data import Batches, TaskData, TrainingData, check_targets, to_device
-from polytask.training.evaluation import constant_loss, explained_share, losses_of, metrics_of, outputs_and_targets, score_of
+from polytask.training.evaluation import (
+    constant_loss,
+    explained_share,
+    losses_of,
+    metrics_of,
+    outputs_and_targets,
+    score_of,
+)
 from polytask.training.progress import Progress, ProgressCallback
 from polytask.training.step import Stepper, StepRecord, table_of
 from polytask.training.trackers import Tracker, open_trackers
@@ -125,14 +138,20 @@ def train(
             run.close()
 
 
-def _check(model: Any, tasks: Tasks, train_data: TrainingData, validation_data: TrainingData | None, config: TrainConfig) -> None:
+def _check(
+    model: Any, tasks: Tasks, train_data: TrainingData, validation_data: TrainingData | None, config: TrainConfig
+) -> None:
     if not isinstance(model, MultiTaskModel):
-        raise InputError(f"the model is a MultiTaskModel, not {type(model).__name__}: polytask.wrap makes one of any module")
+        raise InputError(
+            f"the model is a MultiTaskModel, not {type(model).__name__}: polytask.wrap makes one of any module"
+        )
     missing = [n for n in tasks if n not in model.tasks]
     if missing:
         raise InputError(f"the model has no head for the task {missing[0]!r}")
     if config.stop_on not in (None, "delta_m", *tasks):
-        raise InputError(f"stop_on names {config.stop_on!r}, which is neither 'delta_m' nor one of the tasks {', '.join(tasks)}")
+        raise InputError(
+            f"stop_on names {config.stop_on!r}, which is neither 'delta_m' nor one of the tasks {', '.join(tasks)}"
+        )
     if isinstance(train_data, TaskData):
         check_targets(train_data, tasks, "training")
     if isinstance(validation_data, TaskData) and config.stop_on in tasks:
@@ -253,7 +272,9 @@ class _Run:
                 if interruption.asked and not self.over():
                     self.save()
                     self.keep_best()
-                    raise Interrupted(self.result("interrupted"), self.folder / CHECKPOINT if self.folder is not None else None)
+                    raise Interrupted(
+                        self.result("interrupted"), self.folder / CHECKPOINT if self.folder is not None else None
+                    )
                 self.save()
         self.keep_best()
         self.show(ended=self.stopped)
@@ -336,13 +357,17 @@ class _Run:
             tracker.log(self.row(self.epoch - 1))
         self.show(always=True)
 
-    def validate(self) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]], dict[str, float], float | None]:
+    def validate(
+        self,
+    ) -> tuple[dict[str, float | None], dict[str, dict[str, float | None]], dict[str, float], float | None]:
         """Validation loss, metrics and explained share of every task, and the score."""
         if self.validation_data is None:
             return {}, {}, {}, None
         outputs, targets = outputs_and_targets(self.model, self.tasks, self.validation_data)
         if not self.reference:
-            self.reference = {n: constant_loss(t, outputs[n], targets[n]) for n, t in self.tasks.items() if n in targets}
+            self.reference = {
+                n: constant_loss(t, outputs[n], targets[n]) for n, t in self.tasks.items() if n in targets
+            }
         losses, metrics = losses_of(self.tasks, outputs, targets), metrics_of(self.tasks, outputs, targets)
         shares = explained_share(losses, self.reference)
         score = score_of(self.config.stop_on, self.tasks, shares, metrics)
@@ -361,7 +386,13 @@ class _Run:
         """Add a diagnosis of interference on training batches to the history."""
         from polytask.training.diagnosis import diagnose
 
-        seen = diagnose(self.model, self.train_data, self.tasks, batch_size=self.config.batch_size, seed=self.config.seed + self.epoch)
+        seen = diagnose(
+            self.model,
+            self.train_data,
+            self.tasks,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed + self.epoch,
+        )
         log = self.history.setdefault("interference", {"tasks": list(seen.tasks), "epochs": [], "sentences": []})
         log["epochs"].append(self.epoch + 1)
         for key, value in seen.to_json().items():
@@ -386,7 +417,12 @@ class _Run:
         """The figures of epoch i (from 0) as trackers read them."""
         h = self.history
         row: dict[str, float | None] = {key: h[key][i] for key in ("epoch", "score", "seconds", "learning_rate")}
-        names = {"train_loss": "train_loss", "validation_loss": "validation_loss", "weights": "weight", "gradient_norm": "gradient_norm"}
+        names = {
+            "train_loss": "train_loss",
+            "validation_loss": "validation_loss",
+            "weights": "weight",
+            "gradient_norm": "gradient_norm",
+        }
         for task in self.tasks:
             row |= {f"{task}/{label}": h[key][task][i] for key, label in names.items()}
             row |= {f"{task}/{metric}": values[i] for metric, values in h["validation"][task].items()}
@@ -420,7 +456,11 @@ class _Run:
         losses = {n: values[-1] if values else None for n, values in h["train_loss"].items()}
         score = h["score"][-1] if h["score"] else None
         best = int(self.best["epoch"])
-        self.progress(Progress(self.epoch, self.config.epochs, self.steps_done, steps, self.seconds(), left, losses, score, best, ended))
+        self.progress(
+            Progress(
+                self.epoch, self.config.epochs, self.steps_done, steps, self.seconds(), left, losses, score, best, ended
+            )
+        )
 
     def close(self) -> None:
         """Close the trackers and give the model back as it was handed in."""
@@ -445,7 +485,8 @@ class _Run:
             "step": self.step_in_epoch,
             "steps": self.steps_done,
             "seconds": self.seconds(),
-            "epoch_seconds": self.epoch_seconds_before + (time.perf_counter() - self.epoch_began if self.step_in_epoch else 0.0),
+            "epoch_seconds": self.epoch_seconds_before
+            + (time.perf_counter() - self.epoch_began if self.step_in_epoch else 0.0),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "balancer": self.balancer.state_dict(),
@@ -497,7 +538,9 @@ class _Run:
             if name not in FREE_SETTINGS and then.get(name) != value:
                 raise InputError(f"the checkpoint {path} was made with {name} {then.get(name)!r}, not {value!r}")
         if len(tree["generators"]) != self.accelerator.num_processes:
-            raise InputError(f"the checkpoint {path} was made by {len(tree['generators'])} processes, not {self.accelerator.num_processes}")
+            raise InputError(
+                f"the checkpoint {path} was made by {len(tree['generators'])} processes, not {self.accelerator.num_processes}"
+            )
         if tree["threads"] != torch.get_num_threads():
             warnings.warn(
                 f"the run was begun with {tree['threads']} threads and goes on with {torch.get_num_threads()}: the weights will agree with those "
@@ -558,7 +601,9 @@ def _means(table: Any) -> list[list[float | None]]:
     known = ~np.isnan(table)
     count = known.sum(0)
     total = np.where(known, table, 0.0).sum(0)
-    return [[float(t / c) if c else None for t, c in zip(ts, cs, strict=True)] for ts, cs in zip(total, count, strict=True)]
+    return [
+        [float(t / c) if c else None for t, c in zip(ts, cs, strict=True)] for ts, cs in zip(total, count, strict=True)
+    ]
 
 
 def _copy(weights: dict[str, Tensor]) -> dict[str, Tensor]:

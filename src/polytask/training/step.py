@@ -50,7 +50,13 @@ class Stepper:
     """
 
     def __init__(
-        self, model: torch.nn.Module, tasks: Tasks, balancer: Balancer, optimizer: Any, accelerator: Accelerator, config: TrainConfig
+        self,
+        model: torch.nn.Module,
+        tasks: Tasks,
+        balancer: Balancer,
+        optimizer: Any,
+        accelerator: Accelerator,
+        config: TrainConfig,
     ) -> None:
         self.model, self.tasks, self.balancer, self.optimizer = model, tasks, balancer, optimizer
         self.accelerator, self.config = accelerator, config
@@ -64,7 +70,10 @@ class Stepper:
         Raises:
             TrainingError: a loss or gradient that is not finite; the message names the task.
         """
-        pieces = [(to_device(inputs, self.accelerator.device), to_device(targets, self.accelerator.device)) for inputs, targets in pieces]
+        pieces = [
+            (to_device(inputs, self.accelerator.device), to_device(targets, self.accelerator.device))
+            for inputs, targets in pieces
+        ]
         shares = self._shares(pieces)
         self.optimizer.zero_grad()
         generators: list[Tensor] = []
@@ -80,7 +89,9 @@ class Stepper:
             self._evaluate_again(pieces, shares, generators)
         C = observation.gramian
         norms = None if C is None else C.diagonal().clamp_min(0).sqrt()
-        return StepRecord(tuple(losses), torch.stack(list(losses.values())), observation.tasks, observation.weights, norms)
+        return StepRecord(
+            tuple(losses), torch.stack(list(losses.values())), observation.tasks, observation.weights, norms
+        )
 
     def _shares(self, pieces: Sequence[Batch]) -> list[dict[str, float]] | None:
         """For each micro-batch and task its share of the step's labelled rows, over all processes; None where there is one piece."""
@@ -88,7 +99,10 @@ class Stepper:
             return None
         none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
         counts = torch.stack(
-            [torch.stack([t.kind.labelled(y[n]).sum() if n in y else none for n, t in self.tasks.items()]) for _, y in pieces]
+            [
+                torch.stack([t.kind.labelled(y[n]).sum() if n in y else none for n, t in self.tasks.items()])
+                for _, y in pieces
+            ]
         ).double()
         total = self.accelerator.reduce(counts.sum(0), "sum")
         share = (counts / total.clamp_min(1)).tolist()
@@ -107,7 +121,9 @@ class Stepper:
             self._has_features = bool(self.module.features)
         return not self._has_features
 
-    def _losses(self, model: torch.nn.Module, piece: Batch, shares: dict[str, float] | None, times: float) -> dict[str, Tensor]:
+    def _losses(
+        self, model: torch.nn.Module, piece: Batch, shares: dict[str, float] | None, times: float
+    ) -> dict[str, Tensor]:
         losses = self.tasks.losses(model(piece[0], tasks=tuple(self.tasks)), piece[1])
         return losses if shares is None else {n: loss * (shares[n] * times) for n, loss in losses.items()}
 
@@ -180,14 +196,18 @@ class Stepper:
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), self.config.clip_norm)
         # under float16 an overflow is the scaler's business: it skips the step and lowers the scale
         if self.accelerator.scaler is None and not math.isfinite(float(norm)):
-            raise TrainingError("the gradient of the balanced losses is not finite although every loss is: the step was not taken")
+            raise TrainingError(
+                "the gradient of the balanced losses is not finite although every loss is: the step was not taken"
+            )
 
     def _remember(self, generators: list[Tensor]) -> None:
         if self.balancer.needs_second_evaluation:
             generators.append(torch.get_rng_state())
 
     @torch.no_grad()
-    def _evaluate_again(self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor]) -> None:
+    def _evaluate_again(
+        self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor]
+    ) -> None:
         """The same batch with the same dropout masks after the update; of several pieces balanced apart, the last."""
         whole = len(pieces) > 1 and self._exact(pieces[0])
         first = 0 if whole else len(pieces) - 1

@@ -112,7 +112,9 @@ def open_trackers(asked: Iterable[str | Tracker], folder: Path | None) -> list[T
         if not isinstance(one, str):
             found.append(one)
         elif one != "tensorboard":
-            raise InputError(f"there is no tracker called {one!r}; there is tensorboard, or any object with start, log and close")
+            raise InputError(
+                f"there is no tracker called {one!r}; there is tensorboard, or any object with start, log and close"
+            )
         elif folder is None:
             raise InputError("the tracker tensorboard needs a folder to write to")
         else:
