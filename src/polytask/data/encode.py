@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polytask.data.targets import plain
-from polytask.data.vectorizer import CATEGORY, DATE, NUMBER, TEXT, dump, make_vectorizer, parse, roles_of
+from polytask.data.vectorizer import CATEGORY, DATE, NUMBER, TEXT, dump, make_vectorizer, parse, restore, roles_of
 from polytask.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -193,8 +193,6 @@ class TableEncoder:
         Raises:
             StorageError: a file is missing, damaged, or holds a type that is not on polytask's list.
         """
-        from polytask.data.vectorizer import restore
-
         json_file, skops_file = (Path(folder) / name for name in FILES)
         try:
             state = json.loads(json_file.read_text())
@@ -256,10 +254,21 @@ def _fit_number(name: str, source: str, role: str, column: pd.Series[Any]) -> Nu
     center, scale = float(known.mean()), float(known.std())
     edges: tuple[float, ...] = ()
     if role != TEXT:
-        bins = int(np.clip(len(known) // ROWS_PER_BIN, 1, BINS))
-        quantiles = np.unique(np.quantile(known, np.linspace(0, 1, bins + 1)))
-        edges = tuple(float(e) for e in np.unique(((quantiles - center) / scale).astype(np.float32)))
+        edges = tuple(float(e) for e in np.unique(((_bin_edges(known) - center) / scale).astype(np.float32)))
     return Number(name, source, role, center, scale, float(np.median(known)), edges)
+
+
+def _bin_edges(known: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Quantiles, but for values so common that quantiles would fall together on them: these get one edge and the others the rest.
+
+    A column of amounts that is nine tenths zeros would otherwise spend nearly all of its bins on the zeros.
+    """
+    bins = int(np.clip(len(known) // ROWS_PER_BIN, 1, BINS))
+    values, counts = np.unique(known, return_counts=True)
+    common = values[counts > len(known) / bins]
+    rest = known[~np.isin(known, common)]
+    spread = np.quantile(rest, np.linspace(0, 1, max(bins - len(common), 1) + 1)) if len(rest) else rest
+    return np.unique(np.concatenate([common, spread]))
 
 
 def _encode_number(number: Number, encoded: pd.DataFrame) -> npt.NDArray[Any]:

@@ -10,7 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from polytask.errors import InputError, StorageError
 
@@ -125,7 +125,7 @@ def _read_text(
     if columns is not None and len(columns) != len(header):
         raise InputError(f"the file {file} has {len(header)} columns, but {len(columns)} names were given for them")
     _refuse_duplicates(header if columns is None else list(columns), file)
-    options = {"header": None, "names": list(columns)} if columns is not None else {}
+    options: dict[str, Any] = {"header": None, "names": list(columns)} if columns is not None else {}
     with warnings.catch_warnings():
         # pandas would cut rows that are longer than the header and only warn of it
         warnings.simplefilter("error", pd.errors.ParserWarning)

@@ -83,7 +83,8 @@ def split_rows(
         how = f"at random, stratified on {_listed(list(tasks))}"
     left_out = len(frame) - len(rows)
     how += f"; {left_out} rows without any label left out" if left_out else ""
-    split = Split(*(rows[part == p] for p in range(3)), how)
+    train, validation, test = (rows[part == p] for p in range(3))
+    split = Split(train, validation, test, how)
     for task in tasks.values():
         _check_parts(task, labels[task.name], split, strict=by is None and by_time is None)
     return split
@@ -94,8 +95,8 @@ def _listed(names: list[str]) -> str:
 
 
 def _labelled(labels: Array) -> npt.NDArray[np.bool_]:
-    known = labels >= 0 if labels.dtype.kind == "i" else ~np.isnan(labels)
-    return known.any(1) if known.ndim > 1 else known
+    known = np.asarray(labels >= 0 if labels.dtype.kind == "i" else ~np.isnan(labels))
+    return np.asarray(known.any(1)) if known.ndim > 1 else known
 
 
 def _marks(labels: Array) -> npt.NDArray[np.bool_]:
@@ -120,7 +121,7 @@ def _quota(wanted: Array, held: Indices, n: int) -> Indices:
     """How many of a label's last n rows each part gets, in proportion to what it still wants; at least one where there are enough."""
     wanted = np.maximum(wanted, 0)
     exact = n * wanted / wanted.sum() if wanted.sum() > 0 else np.full(3, n / 3)
-    quota = np.floor(exact).astype(np.int64)
+    quota: Indices = np.floor(exact).astype(np.int64)
     quota[np.argsort(quota - exact, kind="stable")[: n - quota.sum()]] += 1
     for poor in np.flatnonzero(held + quota == 0):
         rich = int(np.argmax(np.where(quota > 0, held + quota, 0)))
@@ -229,7 +230,7 @@ def _check_parts(task: Task, labels: Array, split: Split, strict: bool) -> None:
         codes = np.arange(2 if isinstance(task.kind, Binary) else len(task.classes) or task.kind.output_size)
         lacking = np.setdiff1d(codes, known["training"])
         if len(lacking):
-            name = task.classes[int(lacking[0])] if task.classes else int(lacking[0])
+            absent = task.classes[int(lacking[0])] if task.classes else int(lacking[0])
             raise InputError(
-                f"the training part has no example of class {name!r} of the target {task.name!r}: {advice}"
+                f"the training part has no example of class {absent!r} of the target {task.name!r}: {advice}"
             )

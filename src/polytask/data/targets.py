@@ -334,9 +334,7 @@ def _multilabel(name: str, known: pd.Series[Any]) -> Task:
 
 def _encode_labels(task: Task, column: pd.Series[Any]) -> Array:
     index = {c: i for i, c in enumerate(task.classes)}
-    present = np.array(
-        [isinstance(c, list | tuple | set | np.ndarray) or c == c and c is not None for c in column.astype(object)]
-    )
+    present = column.notna().to_numpy()
     labels = np.full((len(column), len(index)), np.nan, np.float32)
     labels[present] = 0
     for row, names in zip(np.flatnonzero(present), _label_sets(column[present]), strict=True):

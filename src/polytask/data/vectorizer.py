@@ -132,7 +132,7 @@ def _text_options(column: pd.Series[Any]) -> dict[str, Any]:
     known = column.dropna().astype(str)
     if len(known) > ROWS_FOR_VOCABULARY:
         known = known.sample(ROWS_FOR_VOCABULARY, random_state=0)
-    sentences = known.str.split().str.len().mean() >= WORDS_IN_A_SENTENCE
+    sentences = known.map(lambda cell: len(cell.split())).mean() >= WORDS_IN_A_SENTENCE
     options: dict[str, Any] = (
         {"analyzer": "word", "ngram_range": (1, 1)} if sentences else {"analyzer": "char_wb", "ngram_range": (3, 4)}
     )

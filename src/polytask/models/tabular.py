@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -44,7 +45,7 @@ class PiecewiseLinear(nn.Module):
 
     def __init__(self, bin_edges: Sequence[Sequence[float]]) -> None:
         super().__init__()
-        bins = [(j, low, high) for j, e in enumerate(bin_edges) for low, high in zip(e[:-1], e[1:], strict=True)]
+        bins = [(j, low, high) for j, e in enumerate(bin_edges) for low, high in pairwise(e)]
         # what follows from the spec is no part of the stored weights
         self.register_buffer("column", torch.tensor([b[0] for b in bins], dtype=torch.int64), persistent=False)
         self.register_buffer("low", torch.tensor([b[1] for b in bins], dtype=torch.float32), persistent=False)
@@ -53,7 +54,7 @@ class PiecewiseLinear(nn.Module):
         self.register_buffer("passing", torch.tensor(through, dtype=torch.int64), persistent=False)
         self.out_features = len(bins) + len(through)
 
-    def forward(self, x: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch features"]:  # noqa: D102
+    def forward(self, x: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch features"]:
         encoded = ((x[:, self.column] - self.low) / self.width).clamp(0, 1)
         return torch.cat([encoded, x[:, self.passing]], dim=1)
 
@@ -78,7 +79,7 @@ class Periodic(nn.Module):
         self.a = nn.Parameter(torch.empty(numbers, out).uniform_(-bound, bound))
         self.out_features = numbers * out
 
-    def forward(self, x: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch features"]:  # noqa: D102
+    def forward(self, x: Float[Tensor, "batch numbers"]) -> Float[Tensor, "batch features"]:
         phase = 2 * math.pi * self.c * x[:, :, None]
         waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
         return F.relu(torch.einsum("bnf,nfo->bno", waves, self.A) + self.a).flatten(1)
@@ -103,7 +104,7 @@ class Embeddings(nn.Module):
             self.weight[offset] = 0
         self.out_features = size * len(cardinalities)
 
-    def forward(self, codes: Int[Tensor, "batch categories"]) -> Float[Tensor, "batch features"]:  # noqa: D102
+    def forward(self, codes: Int[Tensor, "batch categories"]) -> Float[Tensor, "batch features"]:
         return F.embedding(codes + self.offset, self.weight).flatten(1)
 
 
@@ -116,7 +117,7 @@ class ResidualBlock(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, width)
         )
 
-    def forward(self, z: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:  # noqa: D102
+    def forward(self, z: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
         changed: Tensor = z + self.change(z)
         return changed
 
@@ -143,7 +144,7 @@ class TableTrunk(nn.Module):
             layers += [m for _ in range(depth - 1) for m in (nn.Linear(width, width), nn.ReLU(), nn.Dropout(dropout))]
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "batch width"]:  # noqa: D102
+    def forward(self, inputs: Mapping[str, Tensor]) -> Float[Tensor, "batch width"]:
         x = torch.cat([self.numbers(inputs["numeric"]), self.categories(inputs["categorical"])], dim=1)
         z: Tensor = self.layers(x)
         return z
@@ -167,10 +168,10 @@ def tabular_model(
     *,
     width: int = 192,
     depth: int = 2,
-    dropout: float = 0.1,
+    dropout: float = 0.2,
     numeric: Encoding = "piecewise_linear",
     blocks: Blocks = "resnet",
-    head: Head = "mlp",
+    head: Head = "linear",
     seed: int = 0,
 ) -> TabularModel:
     """Hard parameter sharing on a table: one trunk, one head a task, sized by the kind of the task.
@@ -183,7 +184,7 @@ def tabular_model(
         dropout: the share of activations dropped inside each block, in [0, 1).
         numeric: how numbers are encoded.
         blocks: residual blocks with layer normalisation, or a plain multi-layer perceptron.
-        head: one hidden layer of a quarter of the width, or none.
+        head: a linear map of the representation, or one with a hidden layer of a quarter of the width.
         seed: of the initial weights; the global random state is left as it was.
 
     Returns:
@@ -222,7 +223,9 @@ def _check(spec: Mapping[str, Any], **options: Any) -> None:
         if options[name] not in allowed:
             raise InputError(f"{name} of a tabular model is {' or '.join(allowed)}, not {options[name]!r}")
     if options["width"] < 1 or options["depth"] < 1:
-        raise InputError(f"width and depth of a tabular model are at least 1, not {options['width']} and {options['depth']}")
+        raise InputError(
+            f"width and depth of a tabular model are at least 1, not {options['width']} and {options['depth']}"
+        )
     if not 0 <= options["dropout"] < 1:
         raise InputError(f"dropout of a tabular model lies in [0, 1), not at {options['dropout']}")
     if not spec["bin_edges"] and not spec["cardinalities"]:
