@@ -1,0 +1,1 @@
+"""Systems whose point is the optimizer or the balancing of gradients."""
