@@ -16,9 +16,10 @@ from polytask.errors import TrainingError
 class Accumulation:
     r"""Add up the Jacobians of micro-batches (and of processes), then balance once.
 
-    With the loss of task k split into pieces, :math:`L_k = \sum_m L_{km}`, :meth:`add` takes the pieces of one micro-batch, adds their
-    gradients to a K x P buffer and lets their graph go; :meth:`backward` then does what :func:`polytask.backward` at exact level does on the
-    whole batch at once, for every method: loss weightings see the :math:`L_k`, Gramian methods :math:`JJ^\top`.
+    With the loss of task k split into pieces, :math:`L_k = \sum_m L_{km}`, :meth:`add` takes the pieces of one micro-batch, adds
+    their gradients to a K x P buffer and lets their graph go; :meth:`backward` then does what :func:`polytask.backward` at exact
+    level does on the whole batch at once, for every method: loss weightings see the :math:`L_k`, Gramian methods
+    :math:`JJ^\top`.
 
     Args:
         balancer: bound to all ``tasks``.
@@ -80,7 +81,8 @@ class Accumulation:
         self.balancer.bind(names)
         direction, slopes, observation = self._choose(J, values, names)
         self.balancer.observation = observation
-        for piece, p in zip(direction.split([p.numel() for p in self.shared]), self.shared, strict=True):
+        pieces = torch.split(direction, [p.numel() for p in self.shared])
+        for piece, p in zip(pieces, self.shared, strict=True):
             _add_to_gradient(p, piece.view_as(p))
         for k, slope in zip(kept.tolist(), slopes, strict=True):
             for p, g in self.own[k].items():

@@ -28,7 +28,7 @@ _exports = {
     "MultiTaskEstimator": "estimators",
 }
 
-__all__ = list(_exports)  # noqa: PLE0605
+__all__ = list(_exports)
 
 if TYPE_CHECKING:
     from polytask.training.checkpoint import load_checkpoint as load_checkpoint

@@ -88,11 +88,8 @@ def clear_unfinished(path: Path) -> None:
 
 def generator_states() -> dict[str, Any]:
     """The states of python's, numpy's and torch's global random generators."""
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }  # noqa: NPY002
+    numpy_state = np.random.get_state()  # noqa: NPY002
+    state: dict[str, Any] = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state

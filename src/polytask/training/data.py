@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -115,18 +116,31 @@ class Batches:
         if isinstance(self.data, TaskData):
             whole, rest = divmod(len(self.data), self.batch_size * self.processes)
             pieces = whole + (rest >= self.processes)
-        elif hasattr(self.data, "__len__"):
+        elif isinstance(self.data, Sized):
             pieces = len(self.data)
         else:
             return None
         return -(-pieces // self.accumulate)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """The steps of an epoch, each a list of micro-batches, from step ``start`` on."""
-        pieces = self._rows(epoch, start) if isinstance(self.data, TaskData) else self._given(self.data, start)
+    def epoch(self, epoch: int, start: int = 0, skipped: Callable[[], None] = lambda: None) -> Iterator[list[Batch]]:
+        """The steps of an epoch, each a list of micro-batches.
+
+        Args:
+            epoch: counted from 0.
+            start: steps to leave out.
+            skipped: called when that many have been left out, where there are any.
+        """
+        pieces = iter(self.data) if not isinstance(self.data, TaskData) else self._rows(epoch, start)
+        if start:
+            if not isinstance(self.data, TaskData):
+                for _ in islice(pieces, start * self.accumulate):
+                    pass
+            skipped()
         step: list[Batch] = []
         for piece in pieces:
-            step.append(piece)
+            if not (isinstance(piece, list | tuple) and len(piece) == 2 and isinstance(piece[1], Mapping)):
+                raise InputError(f"a batch is (inputs, {{task: labels}}), not {type(piece).__name__}")
+            step.append((piece[0], piece[1]))
             if len(step) == self.accumulate:
                 yield step
                 step = []
@@ -143,13 +157,6 @@ class Batches:
                 return
             part = self.data.rows(mine[self.rank :: self.processes])
             yield part.inputs, part.targets
-
-    def _given(self, batches: Iterable[Batch], start: int) -> Iterator[Batch]:
-        for i, batch in enumerate(batches):
-            if not (isinstance(batch, list | tuple) and len(batch) == 2 and isinstance(batch[1], Mapping)):
-                raise InputError(f"a batch is (inputs, {{task: labels}}), not {type(batch).__name__}")
-            if i >= start * self.accumulate:
-                yield batch[0], batch[1]
 
 
 def check_targets(data: TaskData, tasks: Tasks, role: str) -> None:

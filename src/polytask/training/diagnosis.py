@@ -1,7 +1,7 @@
 r"""Do tasks pull the shared parameters apart, more than one task's own mini-batches do?
 
-Gradients of two mini-batches of *one* task disagree too (Elich et al. 2023, arXiv:2311.04698: gradient conflict is not specific to multi-task
-learning). A negative cosine between tasks therefore means interference only where it is beyond that null.
+Gradients of two mini-batches of *one* task disagree too (Elich et al. 2023, arXiv:2311.04698: gradient conflict is not specific to
+multi-task learning). A negative cosine between tasks therefore means interference only where it is beyond that null.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _some(data: TrainingData, batches: int, batch_size: int, seed: int) -> Itera
 
 def _test(between: Array, within: Array) -> tuple[Array, tuple[tuple[int, int], ...]]:
     """p values of all pairs, and the pairs that are called conflicting: between (M, K, K), within (K, M, M)."""
-    M, K = between.shape[:2]
+    K = between.shape[1]
     p = np.full((K, K), np.nan)
     pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
     for i, j in pairs:
@@ -216,8 +216,8 @@ def _sentences(
     if not found:
         found = ["No pair of tasks conflicts more than mini-batches of one task do."]
     how = (
-        f"Test: one-sided jackknife t over {M} mini-batches, of the mean within-task cosine between mini-batches minus the cosine between the "
-        f"tasks, where the latter is negative; {LEVEL:.0%} over all pairs (Holm)."
+        f"Test: one-sided jackknife t over {M} mini-batches, of the mean within-task cosine between mini-batches minus the "
+        f"cosine between the tasks, where the latter is negative; {LEVEL:.0%} over all pairs (Holm)."
     )
     return (*found, how)
 

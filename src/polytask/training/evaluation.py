@@ -18,7 +18,7 @@ from polytask.training.data import Inputs, TaskData, TrainingData, rows_of, to_d
 Array = npt.NDArray[Any]
 Metrics = dict[str, dict[str, float | None]]
 
-#: A constant prediction's loss counts as at least this share of the loss of a raw output of zero: labels that hardly vary would otherwise divide by 0.
+#: a constant prediction's loss counts as at least this share of a zero output's, or labels that hardly vary would divide by 0
 LEAST_REFERENCE = 1e-3
 
 
@@ -133,9 +133,16 @@ def constant_loss(task: Task, output: Float[Tensor, "rows *outputs"], target: Te
 
     with torch.enable_grad():
         at_zero = float(charge().detach())
-        search.step(closure)
+        search.step(closure)  # type: ignore[no-untyped-call]
         best = float(charge().detach())
     return max(min(best, at_zero), LEAST_REFERENCE * at_zero)
+
+
+def reference_losses(
+    tasks: Tasks, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+) -> dict[str, float | None]:
+    """:func:`constant_loss` of every task; None without labels."""
+    return {n: constant_loss(t, outputs[n], targets[n]) if n in targets else None for n, t in tasks.items()}
 
 
 def explained_share(losses: Mapping[str, float | None], reference: Mapping[str, float | None]) -> dict[str, float]:

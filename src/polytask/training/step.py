@@ -138,7 +138,7 @@ class Stepper:
             self._remember(generators)
             last = i + 1 == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self._losses(self.model, piece, shares and shares[i], times)
+                losses = self._losses(self.model, piece, shares[i] if shares else None, times)
                 if losses:
                     observation = backward(
                         losses,
@@ -165,7 +165,7 @@ class Stepper:
         whole = Accumulation(self.balancer, tuple(self.tasks), self.module.shared_parameters(), scale)
         for i, piece in enumerate(pieces):
             self._remember(generators)
-            whole.add(self._losses(self.module, piece, shares and shares[i], 1.0))
+            whole.add(self._losses(self.module, piece, shares[i] if shares else None, 1.0))
         if self.processes > 1:
             whole.reduce()
         if not bool(whole.present.any()):
@@ -216,7 +216,7 @@ class Stepper:
         with torch.random.fork_rng():
             for i in range(first, len(pieces)):
                 torch.set_rng_state(generators[i])
-                for n, loss in self._losses(self.module, pieces[i], shares and shares[i], times).items():
+                for n, loss in self._losses(self.module, pieces[i], shares[i] if shares else None, times).items():
                     total[n] = total[n] + loss if n in total else loss
         self.balancer.after_step(total)
 

@@ -36,13 +36,13 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start(self, rows: Sequence[Row]) -> None:  # noqa: D102
+    def start(self, rows: Sequence[Row]) -> None:
         _write(self.path, "w", "".join(json.dumps(dict(row)) + "\n" for row in rows))
 
-    def log(self, row: Row) -> None:  # noqa: D102
+    def log(self, row: Row) -> None:
         _write(self.path, "a", json.dumps(dict(row)) + "\n")
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         return None
 
 
@@ -53,19 +53,19 @@ class Csv:
         self.path = path
         self._header_written = False
 
-    def start(self, rows: Sequence[Row]) -> None:  # noqa: D102
+    def start(self, rows: Sequence[Row]) -> None:
         _write(self.path, "w", "")
         self._header_written = False
         for row in rows:
             self.log(row)
 
-    def log(self, row: Row) -> None:  # noqa: D102
+    def log(self, row: Row) -> None:
         lines = [] if self._header_written else [list(row)]
         lines.append(["" if v is None else str(v) for v in row.values()])
         self._header_written = True
         _write(self.path, "a", lines)
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         return None
 
 
@@ -85,17 +85,17 @@ class TensorBoard:
         self.folder = folder
         self._writer: Any = None
 
-    def start(self, rows: Sequence[Row]) -> None:  # noqa: D102
+    def start(self, rows: Sequence[Row]) -> None:
         # purge_step hides what a killed run had written past its checkpoint
         self._writer = self._open(str(self.folder), purge_step=len(rows) + 1)
 
-    def log(self, row: Row) -> None:  # noqa: D102
+    def log(self, row: Row) -> None:
         for name, value in row.items():
             if value is not None and name != "epoch":
                 self._writer.add_scalar(name, value, int(row["epoch"] or 0))
         self._writer.flush()
 
-    def close(self) -> None:  # noqa: D102
+    def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
