@@ -20,6 +20,7 @@ WORDS_IN_A_SENTENCE = 3.0
 TRUSTED_TYPES = frozenset(
     {
         "numpy.dtype",
+        "polytask.data.vectorizer.NumbersOnly",
         "skrub._apply_to_each_col.ApplyToEachCol",
         "skrub._check_input.CheckInputDataFrame",
         "skrub._clean_categories.CleanCategories",
@@ -49,8 +50,33 @@ TRUSTED_TYPES = frozenset(
 """Everything beyond skops' own list of harmless types that a stored encoder may hold."""
 
 
+class NumbersOnly:
+    """Does what a TableVectorizer does to numbers and Booleans, for tables that hold nothing else: skrub takes seconds to import.
+
+    Attributes:
+        input_to_outputs_: {column kept: itself}; constant and wholly missing columns are dropped.
+    """
+
+    def fit(self, frame: pd.DataFrame) -> NumbersOnly:
+        varying = [c for c in frame.columns if frame[c].nunique(dropna=False) > 1]
+        self.input_to_outputs_ = {c: [c] for c in varying}
+        self.kind_to_columns_ = {"numeric": varying}
+        return self
+
+    def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
+        return frame[list(self.input_to_outputs_)].astype("float64")
+
+
+def _is_number(dtype: Any) -> bool:
+    import pandas as pd
+
+    return pd.api.types.is_bool_dtype(dtype) or pd.api.types.is_numeric_dtype(dtype)
+
+
 def make_vectorizer(frame: pd.DataFrame, most_categories: int) -> tuple[pd.DataFrame, Any]:
     """An unfitted TableVectorizer for these columns, and the columns as it shall see them (free text as strings)."""
+    if all(_is_number(dtype) for dtype in frame.dtypes):
+        return frame, NumbersOnly()
     from skrub import DatetimeEncoder, StringEncoder, TableVectorizer
 
     texts = {c: _text_options(frame[c]) for c in frame.columns if _is_text(frame[c], most_categories)}
