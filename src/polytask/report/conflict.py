@@ -1,0 +1,217 @@
+"""Interference between tasks: cosine heat-maps over time, and pairs of tasks beside the null within one task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from polytask.report.curves import thinned
+from polytask.report.markup import Markup, join, section, tag
+from polytask.report.numbers import MISSING, plain, share, shortened
+from polytask.report.reading import Pair, Results, entry, pairs
+
+MOST_EPOCHS, THUMBNAILS, PAIRS_SHOWN = 40, 6, 10
+CELL, LABEL, TOP = 46, 150, 30
+HOW_TO_READ = (
+    "A cell below zero (orange) says that a step which helps one task sets the other back; believe it only where the pair conflicts more "
+    "often than the null, which is how mini-batches of one and the same task agree: its cosine stands on the dashed diagonal, its "
+    "conflicts in the column “Null”."
+)
+
+
+def interference(results: Results) -> Markup:
+    """Cosines between task gradients over time against the null, how to read them, and what they say."""
+    seen = results.get("interference") or {}
+    if not seen.get("epochs") or len(seen.get("tasks") or ()) < 2:
+        why = "there is only one task" if len(results["tasks"]) < 2 else "gradients were not observed in this run"
+        return section(
+            "interference", "Interference between tasks", tag("p", f"Nothing to show: {why}.", class_="nothing")
+        )
+    findings = tag("ul", *(tag("li", s) for s in seen.get("sentences") or ()), class_="reasons")
+    words = tag("div", findings, tag("p", tag("b", "How to read it. "), HOW_TO_READ, class_="note"))
+    beside = "beside" if len(seen["tasks"]) <= 8 else "above"
+    maps = tag("div", words, heat_maps(seen), class_=f"maps {beside}")
+    return section("interference", "Interference between tasks", maps, pair_table(pairs(results)))
+
+
+def heat_maps(seen: Mapping[str, Any]) -> Markup:
+    """One large map with an epoch slider, small ones of some epochs below it, and the colour scale.
+
+    Args:
+        seen: the part ``interference`` of the results, with at least one epoch.
+    """
+    epochs = seen["epochs"]
+    kept = thinned(len(epochs), MOST_EPOCHS)
+    frames = [_cells(seen, e) for e in kept]
+    limit = max([0.1, *(abs(c) for frame in frames for row in frame for c in row if c is not None)])
+    data = {"epochs": [epochs[e] for e in kept], "limit": limit, "frames": frames}
+    several = len(kept) > 1
+    return tag(
+        "figure",
+        _slider(len(kept), epochs[kept[-1]]) if several else tag("figcaption", f"Epoch {epochs[kept[-1]]}"),
+        tag("div", _large_map(seen["tasks"], frames[-1], limit, epochs[kept[-1]]), class_="scroll", tabindex=0),
+        _scale(limit),
+        _thumbnails(frames, [epochs[e] for e in kept], limit) if several else None,
+        tag("script", _json(data), type="application/json", class_="frames"),
+        class_="heat",
+    )
+
+
+def _cells(seen: Mapping[str, Any], e: int) -> list[list[float | None]]:
+    # a gradient's cosine with itself says nothing: the diagonal shows how a task agrees with itself between mini-batches
+    K = range(len(seen["tasks"]))
+    found = [[entry(seen, "null", e, i) if i == j else entry(seen, "cosine", e, i, j) for j in K] for i in K]
+    return [[None if c is None else round(c, 3) for c in row] for row in found]
+
+
+def _slider(steps: int, last: object) -> Markup:
+    slide = tag("input", type="range", min=0, max=steps - 1, value=steps - 1, step=1, class_="epoch-slider")
+    return tag("label", "Epoch ", slide, tag("output", last), class_="slider")
+
+
+def _large_map(names: Sequence[str], cells: Sequence[Sequence[float | None]], limit: float, epoch: object) -> Markup:
+    K = len(names)
+    width, height = LABEL + K * CELL + 4, TOP + K * CELL + 4
+    labels = [_label(name, i) for i, name in enumerate(names)]
+    drawn = [_map_cell(names, i, j, cells[i][j], limit) for i in range(K) for j in range(K)]
+    described = f"{K} by {K} cosines of task gradients at epoch {epoch}; the same numbers stand in results.json."
+    return tag(
+        "svg",
+        tag("title", "Cosine between task gradients"),
+        tag("desc", described),
+        *labels,
+        *drawn,
+        viewBox=f"0 0 {width} {height}",
+        style=f"max-width:{round(width * 1.15)}px;min-width:{round(width * 0.75)}px",
+        class_="map",
+        role="img",
+    )
+
+
+def _label(name: str, i: int) -> Markup:
+    middle = (i + 0.5) * CELL
+    row = tag(
+        "text",
+        tag("title", name),
+        f"{shortened(name, 17)}  {i + 1}",
+        x=LABEL - 8,
+        y=TOP + middle + 4,
+        text_anchor="end",
+    )
+    return join(row, tag("text", tag("title", name), i + 1, x=LABEL + middle, y=TOP - 10, text_anchor="middle"))
+
+
+def _map_cell(names: Sequence[str], i: int, j: int, cosine: float | None, limit: float) -> Markup:
+    x, y = LABEL + j * CELL, TOP + i * CELL
+    meaning = f"{names[i]} and {names[j]}" if i != j else f"{names[i]} with itself, between mini-batches"
+    shade = {"class_": _style(cosine), "fill_opacity": _opacity(cosine, limit)}
+    return tag(
+        "g",
+        tag("title", meaning),
+        tag("rect", x=x + 1, y=y + 1, width=CELL - 2, height=CELL - 2, rx=4, **shade),
+        tag(
+            "text",
+            "–" if cosine is None else plain(cosine, 2),
+            x=x + CELL / 2,
+            y=y + CELL / 2 + 4,
+            text_anchor="middle",
+        ),
+        data_cell=f"{i},{j}",
+        class_="diagonal" if i == j else None,
+    )
+
+
+def _thumbnails(frames: Sequence[Sequence[Sequence[float | None]]], epochs: Sequence[object], limit: float) -> Markup:
+    buttons = []
+    for step in thinned(len(frames), THUMBNAILS):
+        K = len(frames[step])
+        cells = [_thumbnail_cell(i, j, frames[step][i][j], limit) for i in range(K) for j in range(K)]
+        small = tag("svg", *cells, viewBox=f"0 0 {K} {K}", class_="thumb", aria_hidden="true")
+        buttons.append(tag("button", f"epoch {epochs[step]}", small, type="button", data_step=step))
+    return tag("div", *buttons, class_="thumbnails")
+
+
+def _thumbnail_cell(i: int, j: int, cosine: float | None, limit: float) -> Markup:
+    return tag("rect", x=j, y=i, width=0.94, height=0.94, class_=_style(cosine), fill_opacity=_opacity(cosine, limit))
+
+
+def _style(cosine: float | None) -> str:
+    return "unknown" if cosine is None else "agree" if cosine >= 0 else "oppose"
+
+
+def _opacity(cosine: float | None, limit: float) -> str:
+    return "0.15" if cosine is None else f"{min(1.0, abs(cosine) / limit):.2f}"
+
+
+def _scale(limit: float) -> Markup:
+    steps = [limit * s / 5 for s in range(-5, 6)]
+    shades = [
+        tag("rect", x=n * 20, y=0, width=20, height=12, class_=_style(s), fill_opacity=_opacity(s, limit))
+        for n, s in enumerate(steps)
+    ]
+    marks = (
+        (0, "start", f"{plain(-limit, 2)} opposed"),
+        (110, "middle", "0"),
+        (220, "end", f"aligned {plain(limit, 2, sign=True)}"),
+    )
+    texts = [tag("text", t, x=x, y=28, text_anchor=anchor) for x, anchor, t in marks]
+    return tag(
+        "svg",
+        tag("title", "Colour scale of the cosines"),
+        *shades,
+        *texts,
+        viewBox="0 0 220 34",
+        class_="scale",
+        role="img",
+    )
+
+
+def _json(data: object) -> Markup:
+    # the browser unescapes nothing inside a script, so the one dangerous character is written as JSON writes it
+    return Markup(json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"))
+
+
+def pair_table(found: Sequence[Pair]) -> Markup:
+    """Every pair of tasks: cosine, how often it conflicts, how often one task conflicts with itself, the course over time."""
+    first, rest = found[:PAIRS_SHOWN], found[PAIRS_SHOWN:]
+    if not rest:
+        return _pairs(first)
+    more = tag("summary", f"The other {len(rest)} pairs, with less conflict beyond the null")
+    return join(_pairs(first), tag("details", more, _pairs(rest)))
+
+
+def _pairs(found: Sequence[Pair]) -> Markup:
+    titles = ("Pair of tasks", "Mean cosine", "Conflicts", "Null", "Above the null", "Over time", "Reading")
+    head = tag("thead", tag("tr", *(tag("th", title, scope="col") for title in titles)))
+    return tag("table", head, tag("tbody", *map(_pair_row, found)), class_="cards pairs")
+
+
+def _pair_row(pair: Pair) -> Markup:
+    above, seen = pair.epochs_above
+    reading = pair.reading
+    return tag(
+        "tr",
+        tag(
+            "th", tag("span", pair.first, class_="name"), " and ", tag("span", pair.second, class_="name"), scope="row"
+        ),
+        tag("td", plain(pair.cosine, 2, sign=True), class_="number", data_label="Mean cosine"),
+        tag("td", share(pair.rate), class_="number", data_label="Conflicts"),
+        tag("td", share(pair.null_rate), class_="number", data_label="Null"),
+        tag("td", f"{above} of {seen} epochs" if seen else MISSING, class_="number", data_label="Above the null"),
+        tag("td", _sparkline(pair), data_label="Over time"),
+        tag("td", f"{reading.symbol} {reading.word}", class_=f"effect {reading.style}", data_label="Reading"),
+    )
+
+
+def _sparkline(pair: Pair) -> Markup:
+    kept = thinned(len(pair.conflict), MOST_EPOCHS)
+    lines = [_spark([pair.null[i] for i in kept], "null"), _spark([pair.conflict[i] for i in kept], "rate")]
+    said = f"Share of mini-batches in conflict over time, {share(pair.rate)} on average; the null, dashed, {share(pair.null_rate)}"
+    return tag("svg", tag("title", said), *lines, viewBox="0 0 120 28", class_="spark", role="img")
+
+
+def _spark(values: Sequence[float | None], style: str) -> Markup:
+    step = 116 / max(1, len(values) - 1)
+    points = " ".join(f"{2 + n * step:.1f},{26 - 24 * v:.1f}" for n, v in enumerate(values) if v is not None)
+    return tag("polyline", points=points, class_=style, fill="none")
