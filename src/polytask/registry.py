@@ -64,7 +64,7 @@ class Method:
         for cls in inspect.getmro(self.factory) if isinstance(self.factory, type) else (self.factory,):
             if isinstance(cls, type) and "__init__" not in vars(cls):
                 continue
-            parameters = inspect.signature(cls.__init__ if isinstance(cls, type) else cls).parameters.values()
+            parameters = inspect.signature(vars(cls)["__init__"] if isinstance(cls, type) else cls).parameters.values()
             for p in parameters:
                 if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
                     found.setdefault(p.name, p.default)
@@ -106,7 +106,7 @@ def register(
             if owner != name:
                 raise ValueError(f"the method name {label!r} of {name!r} is already taken by {owner!r}")
         _methods[name] = method
-        cls.method = method
+        cls.method = method  # type: ignore[attr-defined]
         return cls
 
     return enter

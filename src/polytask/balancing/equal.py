@@ -15,7 +15,7 @@ from polytask.registry import register
     paper="arXiv:2201.04122",
     needs="losses",
     aliases=("EW", "LS", "unitary", "sum", "linear_scalarization"),
-    invariances=("permutation", "single"),
+    invariances=("permutation", "scale", "single"),
 )
 class Equal(LossWeighting):
     r"""Add the losses, each times its preference.

@@ -23,8 +23,7 @@ from polytask.registry import register
     invariances=("permutation", "scale", "single"),
 )
 class GradDrop(GradientAggregator):
-    r"""Let each coordinate keep only its positive or only its negative gradients, drawn by how much speaks for each
-    sign.
+    r"""Let each coordinate keep only its positive or only its negative gradients, drawn by their weight.
 
     .. math:: P = \tfrac12 \Bigl(1 + \frac{\sum_i g_i}{\sum_i |g_i|}\Bigr), \quad U \sim \mathrm{Uniform}(0, 1), \qquad
         d = \sum_i \bigl(\ell_i + (1 - \ell_i)\,[g_i > 0 \wedge P > U \;\text{or}\; g_i < 0 \wedge P < U]\bigr)\, g_i
@@ -33,7 +32,7 @@ class GradDrop(GradientAggregator):
 
     Args:
         leak: :math:`\ell`, how much of each task's gradient passes anyway: one number, or one a task in the order
-        bound; 0 by default.
+            bound; 0 by default.
 
     Cost: a few passes over the K x P numbers and P random ones a step.
     """
@@ -51,11 +50,12 @@ class GradDrop(GradientAggregator):
         losses: Float[Tensor, " tasks"] | None,  # noqa: ARG002
     ) -> Float[Tensor, " coordinates"]:
         J = J * torch.as_tensor(self.p).to(J)[:, None]
-        total = J.abs().sum(0)
-        P = 0.5 * (1 + J.sum(0) / torch.where(total > 0, total, torch.ones_like(total)))
+        exact = J if J.dtype == torch.float64 else J.float()
+        total = exact.abs().sum(0)
+        P = 0.5 * (1 + exact.sum(0) / torch.where(total > 0, total, torch.ones_like(total)))
         # a generator of the device, seeded from the one that state_dict keeps
         generator = torch.Generator(J.device).manual_seed(int(self.rng.integers(2**62)))
-        U = torch.rand(J.shape[1], generator=generator, device=J.device, dtype=J.dtype)
+        U = torch.rand(J.shape[1], generator=generator, device=J.device)
         kept = torch.where(P > U, J.clamp_min(0), J.clamp_max(0))
         leak = self._leak(J)
         return (kept if leak is None else kept + leak * (J - kept)).sum(0)

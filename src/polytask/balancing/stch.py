@@ -50,22 +50,23 @@ class STCH(LossWeighting):
         self.running = EpochMean("nadir")
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {**self.running.start(n_tasks), "nadir": torch.full((n_tasks,), torch.nan), "epoch": -1}
+        return {**self.running.start(n_tasks), "nadir": torch.full((n_tasks,), torch.nan), "epoch": 0, "seen": False}
 
     def begin_epoch(self) -> None:
-        if not self.state:
+        if not self.state or not self.state["seen"]:
             return
         if self.state["epoch"] == self.warmup:
             self.state["nadir"] = self.running.finish(self.state)
         self.state["epoch"] += 1
+        self.state["seen"] = False
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
         active = torch.as_tensor(self.active, device=losses.device)
         p = torch.as_tensor(self.p).to(losses)
         positive = losses.clamp_min(torch.finfo(losses.dtype).tiny)
-        epoch = max(self.state["epoch"], 0)
-        if self.warmup is not None and epoch <= self.warmup:
-            if epoch == self.warmup:
+        self.state["seen"] = True
+        if self.warmup is not None and self.state["epoch"] <= self.warmup:
+            if self.state["epoch"] == self.warmup:
                 self.running.add(self.state, active, losses.detach())
             return (p * positive.log()).sum(), (p / positive).detach()
         f = losses

@@ -12,7 +12,9 @@ from polytask.linalg.simplex import min_norm_point
 logger = logging.getLogger(__name__)
 
 RELATIVE_RESIDUAL = 1e-11
-UNBOUNDED = 1e6
+ROUNDING = 8 * float(np.finfo(np.float64).eps)
+SUSPICIOUS = 1e4  # a solution beyond this may be no solution: look whether 0 lies in the convex hull
+STATIONARY = 1e-12
 MAX_STEPS = 100
 
 
@@ -35,7 +37,8 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
     Returns:
         w, shape (tasks,). Where the convex hull of the gradients holds 0 (a Pareto-stationary point) no solution
         exists: the weights of
-        the shortest vector are returned, and the log says so. Cost: usually 5 to 12 Newton steps of one K x K solve
+        the shortest vector are returned, and the log says so; so too where lengths spread so far that alpha's power of them
+        leaves the range of the numbers. Cost: usually 5 to 12 Newton steps of one K x K solve
         each.
     """
     R, n = correlation(C)
@@ -45,18 +48,20 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
     M = R * s * s[:, None]  # T C T, with diagonal q = s^2
     q = p * s**2
     y = _start(M, q, e)
+    looked = False
     for _ in range(MAX_STEPS):
-        residual = M @ y - q * y**-e
-        if np.abs(residual / (q * y**-e)).max() <= RELATIVE_RESIDUAL:
+        wanted = q * y**-e
+        residual = M @ y - wanted
+        if not looked and y.max() > SUSPICIOUS:
+            looked = True
+            u = min_norm_point(R)
+            if u @ R @ u <= STATIONARY:
+                logger.info("zero lies between the %d gradients (Pareto stationary): min-norm weights are used", len(C))
+                return min_norm_point(C)
+        if (np.abs(residual) <= RELATIVE_RESIDUAL * wanted + ROUNDING * (np.abs(M) @ y)).all():
             return np.asarray(tau * y)
-        if y.max() > UNBOUNDED or not np.isfinite(residual).all():
-            break
         y = _newton_step(M, q, e, y, residual)
-    if y.max() <= UNBOUNDED and np.abs(residual / (q * y**-e)).max() <= 1e-6:
-        return np.asarray(tau * y)
-    logger.info(
-        "zero is a convex combination of the %d gradients (Pareto stationary): min-norm weights are used", len(C)
-    )
+    logger.info("no fair weights of %d gradients found in %d steps: min-norm weights are used", len(C), MAX_STEPS)
     return min_norm_point(C)
 
 

@@ -1,0 +1,158 @@
+"""Directions known from elsewhere: the peers' printed figures, and values worked out by hand.
+
+The figures to four or five digits were printed by LibMTL, TorchJD 0.18 and the authors' own code for the same two sets of task gradients.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from polytask.balancing import GramianWeighting, make
+
+J1 = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
+J2 = torch.tensor([[1, 2, -1, 0.5], [-2, 0.5, 1, 1], [0.3, -1, 2, -0.4]], dtype=torch.float64)
+M1, M2 = [0.5, 0.5], [1 / 3] * 3
+
+PRINTED = [
+    ("upgrad", {}, J1, [0.2929, 1.90035, 1.90035], 3e-4),  # the peer regularises by 1e-4
+    ("upgrad", {}, J2, [0.01004, 0.90131, 1.01256, 0.49763], 3e-4),
+    ("mgda", {}, J1, [0, 1, 1], 1e-5),
+    ("mgda", {}, J2, [0.18846, 0.48961, 0.59702, 0.21147], 1e-5),
+    ("cagrad", {"c": 0.5}, J1, [0.1835, 1.20412, 1.20412], 1e-5),
+    ("cagrad", {"c": 0.5}, J2, [0.0856, 0.75688, 0.89539, 0.39517], 1e-5),
+    ("imtl_g", {}, J1, [0.0767, 1, 1], 1e-4),
+    ("imtl_g", {}, J2, [0.17857, 0.50052, 0.58845, 0.2192], 1e-5),
+    ("nash_mtl", {}, J1, [0.07658, 0.99853, 0.99853], 1e-5),
+    ("nash_mtl", {}, J2, [0.10457, 1.0545, 1.25219, 0.55598], 1e-5),
+    ("fairgrad", {"alpha": 1}, J1, [0.07658, 0.99853, 0.99853], 1e-5),
+    ("fairgrad", {"alpha": 2}, J1, [0.03127, 0.79082, 0.79082], 1e-5),
+    ("fairgrad", {"alpha": 2}, J2, [0.19801, 0.92536, 1.1078, 0.45221], 1e-5),
+    ("pcgrad", {"order": "ascending"}, J1, [0.5848, 3.80117, 3.80117], 1e-5),
+    ("pcgrad", {"order": "ascending"}, J2, [-0.21461, 2.57983, 3.05186, 1.52054], 1e-5),
+    ("db_mtl", {}, J1, [0.18813, 2.45297, 2.45297], 1e-5),
+    ("db_mtl", {}, J2, [-0.67267, 1.40891, 2.18218, 1.06356], 1e-5),
+    # printed for the mean of the aligned gradients; here they are added
+    ("aligned_mtl", {}, J1, [2 * v for v in (0.21328, 0.96733, 0.96733)], 1e-5),
+    ("aligned_mtl", {}, J2, [3 * v for v in (0.02626, 0.45369, 0.55568, 0.24703)], 2e-5),
+    ("aligned_mtl", {"scale": "rmse"}, J1, [2 * v for v in (0.57638, 2.61417, 2.61417)], 1e-5),
+    ("aligned_mtl", {"scale": "rmse"}, J2, [3 * v for v in (0.04858, 0.83927, 1.02794, 0.45698)], 1e-5),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "J", "printed", "relative"), PRINTED)
+def test_printed_directions(name, options, J, printed, relative):
+    d = make(name, **options).direction(J)
+    expected = torch.tensor(printed, dtype=J.dtype)
+    assert float((d - expected).norm()) <= relative * float(expected.norm()) + 5e-6
+
+
+PRINTED_WEIGHTS = [
+    ("mgda", {}, [0.6, 0.4]),
+    ("imtl_g", {}, [0.59233, 0.40767]),
+    ("nash_mtl", {}, [0.59146, 0.40707]),
+    ("fairgrad", {"alpha": 1}, [0.591461, 0.407071]),
+    ("pcgrad", {}, [2.2222, 1.5789]),
+    ("cagrad", {}, [0.7041, 0.5]),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "printed"), PRINTED_WEIGHTS)
+def test_printed_weights(name, options, printed):
+    w = make(name, **options).weights(J1 @ J1.T)
+    assert w.tolist() == pytest.approx(printed, rel=5e-5)
+
+
+def test_upgrad_by_hand():
+    # g1 + (22/38) g2 and g2 + (22/18) g1 are the two projections
+    w = make("upgrad").weights(J1 @ J1.T)
+    assert w.tolist() == pytest.approx([(1 + 22 / 18) / 2, (1 + 22 / 38) / 2], rel=1e-10)
+
+
+def test_nash_solves_its_equation_and_has_its_length():
+    for J in (J1, J2, 1e-6 * J2, 1e5 * J1):
+        w = make("nash_mtl").weights(J @ J.T)
+        assert torch.allclose(J @ J.T @ w, 1 / w, rtol=1e-9)
+        assert float((w @ J).norm()) == pytest.approx(math.sqrt(len(J)), rel=1e-9)
+
+
+def test_graddrop_expectation():
+    # P is 0.6 for the first coordinate of J1: on average it passes 0.6 * 6 - 0.4 * 4
+    b = make("graddrop", seed=3)
+    mean = torch.stack([b.direction(J1) for _ in range(4000)]).mean(0)
+    assert mean.tolist() == pytest.approx([2.0, 2.0, 2.0], abs=0.25)
+    b = make("graddrop", seed=4)
+    mean = torch.stack([b.direction(J2) for _ in range(4000)]).mean(0)
+    assert mean.tolist() == pytest.approx([-0.7, 1.5, 2.0, 1.1], abs=0.12)
+
+
+class TestLimits:
+    def test_cagrad_without_radius_is_the_mean(self):
+        assert torch.allclose(make("cagrad", c=0.0).direction(J2), J2.mean(0))
+
+    def test_cagrad_with_a_huge_radius_points_like_mgda(self):
+        d, e = make("cagrad", c=1e5).direction(J2), make("mgda").direction(J2)
+        assert torch.allclose(d / d.norm(), e / e.norm(), atol=1e-4)
+
+    def test_fairgrad_without_fairness_is_the_sum(self):
+        assert torch.allclose(make("fairgrad", alpha=1e-4).direction(J2), J2.sum(0), rtol=1e-2)
+
+    def test_extreme_fairness_equalises_improvements(self):
+        d = make("fairgrad", alpha=60.0).direction(J2)
+        gains = J2 @ d
+        assert float(gains.max() / gains.min()) < 1.03
+
+    def test_fairgrad_one_is_nash(self):
+        assert torch.allclose(make("fairgrad", alpha=1.0).direction(J2), make("nash_mtl").direction(J2), rtol=1e-9)
+
+    def test_aligned_of_orthonormal_gradients_is_their_sum(self):
+        Q = torch.linalg.qr(torch.arange(20.0, dtype=torch.float64).reshape(5, 4).sin())[0].T
+        for scale in ("min", "median", "rmse"):
+            assert torch.allclose(make("aligned_mtl", scale=scale).direction(Q), Q.sum(0))
+
+    def test_imtl_g_projects_equally(self):
+        d = make("imtl_g").direction(J2)
+        cosines = J2 @ d / J2.norm(dim=1)
+        assert torch.allclose(cosines, cosines[:1].expand(3), rtol=1e-9)
+
+    def test_db_mtl_gives_every_gradient_the_longest_length(self):
+        w = make("db_mtl").weights(J2 @ J2.T)
+        assert torch.allclose(w * J2.norm(dim=1), J2.norm(dim=1).max().expand(3))
+
+
+class TestSmallGradients:
+    """Peers with absolute thresholds lose the non-conflict guarantee, or stop altogether, when gradients are small."""
+
+    @pytest.mark.parametrize("c", [1e-2, 1e-3, 1e-5, 1e-8])
+    @pytest.mark.parametrize("name", ["upgrad", "mgda", "nash_mtl", "fairgrad"])
+    def test_no_conflict(self, name, c):
+        d = make(name).direction(c * J1)
+        assert float((c * J1 @ d).min()) >= -1e-12 * c * float(d.norm())
+
+    @pytest.mark.parametrize("c", [1e-2, 1e-3, 1e-5, 1e-8])
+    def test_cagrad_does_not_stop(self, c):
+        assert (make("cagrad").direction(c * J1) / c).tolist() == pytest.approx([0.1835, 1.20412, 1.20412], rel=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_in_low_precision(self, dtype):
+        b = make("upgrad")
+        assert isinstance(b, GramianWeighting)
+        d = b.direction((1e-12 * J1).to(dtype)).double() * 1e12
+        assert d.tolist() == pytest.approx([0.2924, 1.9006, 1.9006], rel=0.05)
+
+
+def test_weights_serve_preferences():
+    # Nash: (Cw)_i w_i is the share of the bargain
+    C = J2 @ J2.T
+    w = make("nash_mtl", preference=[1, 2, 3]).weights(C)
+    assert (w * (C @ w)).tolist() == pytest.approx([0.5, 1.0, 1.5], rel=1e-9)
+    # DB-MTL: lengths in proportion to the preference
+    w = make("db_mtl", preference=[1, 2, 3]).weights(C)
+    lengths = w * J2.norm(dim=1)
+    assert (lengths / lengths[0]).tolist() == pytest.approx([1, 2, 3])
+    # IMTL-G: projections in proportion to the preference
+    d = make("imtl_g", preference=[1, 2, 3]).direction(J2)
+    projections = J2 @ d / J2.norm(dim=1)
+    assert (projections / projections[0]).tolist() == pytest.approx([1, 2, 3])

@@ -1,0 +1,196 @@
+"""The methods that see only loss values, against their formulas."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+
+from polytask.balancing import Balancer, LossWeighting, make
+from polytask.errors import InputError
+
+L = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
+
+
+def weights(balancer: Balancer, losses: torch.Tensor = L) -> list[float]:
+    assert isinstance(balancer, LossWeighting)
+    return balancer.weights(losses).tolist()
+
+
+def epochs(balancer: Balancer, values: list[torch.Tensor]) -> list[list[float]]:
+    found = []
+    for v in values:
+        balancer.begin_epoch()
+        found.append(weights(balancer, v))
+    return found
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "dwa", "rlw", "geometric_mean", "stch", "famo", "equal"])
+def test_reported_weights_are_the_derivatives(name):
+    """What is logged as a weight is d(total)/d(loss) (LibMTL's geometric mean and STCH log something else)."""
+    for warm in (0, 6):
+        b = make(name, **({"warmup": 0} if name == "stch" else {}))
+        assert isinstance(b, LossWeighting)
+        b.bind(["a", "b", "c"])
+        for e in range(warm):
+            b.begin_epoch()
+            b.weights(L * (1 - 0.1 * e) ** torch.arange(1, 4))
+        b.begin_epoch()
+        losses = L.clone().requires_grad_()
+        total, w = b.combine(losses)
+        (slope,) = torch.autograd.grad(total, losses)
+        assert torch.allclose(slope, w.to(slope), rtol=1e-6)
+
+
+class TestUncertainty:
+    def test_first_step(self):
+        assert weights(make("uncertainty")) == pytest.approx([math.exp(0.5) / 2] * 3, rel=1e-6)
+
+    def test_converges_to_half_the_inverse_loss(self):
+        b = make("uncertainty", lr=0.05)
+        for _ in range(600):
+            w = weights(b)
+        assert w == pytest.approx([1 / (2 * v) for v in L.tolist()], rel=1e-3)
+
+    def test_steps_are_those_of_adam(self):
+        s = torch.nn.Parameter(torch.full((3,), -0.5))
+        optimizer = torch.optim.Adam([s], lr=0.025)
+        b = make("uncertainty")
+        for step in range(15):
+            losses = (L * (1 + 0.3 * math.sin(step))).float()
+            w = weights(b, losses)
+            assert w == pytest.approx((0.5 * torch.exp(-s.detach())).tolist(), rel=1e-5)
+            optimizer.zero_grad()
+            (losses / (2 * torch.exp(s)) + s / 2).sum().backward()
+            optimizer.step()
+
+
+class TestDWA:
+    def test_formula(self):
+        first, second = L, L * torch.tensor([0.5, 1.0, 0.25])
+        w = epochs(make("dwa", temperature=2.0), [first, second, L])
+        assert w[0] == w[1] == [1.0, 1.0, 1.0]
+        expected = 3 * torch.softmax(torch.tensor([0.5, 1.0, 0.25], dtype=torch.float64) / 2, 0)
+        assert w[2] == pytest.approx(expected.tolist(), rel=1e-6)
+
+    def test_means_are_taken_over_the_epoch(self):
+        b = make("dwa")
+        for epoch in ([L, 3 * L], [L, L], [L]):
+            b.begin_epoch()
+            for v in epoch:
+                w = weights(b, v)
+        assert w == pytest.approx([1.0] * 3)  # all ratios are 1/2
+        assert b.state["last"].tolist() == pytest.approx(L.tolist())
+        assert b.state["before_last"].tolist() == pytest.approx((2 * L).tolist())
+
+    def test_a_task_absent_for_an_epoch_keeps_its_means(self):
+        b = make("dwa")
+        names = ["a", "b", "c"]
+        for present in (names, names, ["a"], names):
+            b.bind(names)
+            b.begin_epoch()
+            b.bind(present)
+            weights(b, L[: len(present)] * (2.0 if present == ["a"] else 1.0))
+        assert b.state["last"].tolist() == pytest.approx([1.0, 2.0, 4.0])
+
+    def test_without_epochs_the_weights_stay_equal(self):
+        b = make("dwa")
+        assert all(weights(b, L * 0.9**i) == [1.0, 1.0, 1.0] for i in range(5))
+
+
+class TestGeometricMean:
+    def test_value_and_gradient(self):
+        b = make("geometric_mean")
+        assert isinstance(b, LossWeighting)
+        b.bind(["a", "b", "c"])
+        total, w = b.combine(L)
+        assert float(total) == pytest.approx((0.5 * 2 * 4) ** (1 / 3))
+        assert (w * L).tolist() == pytest.approx([float(total) / 3] * 3)
+
+    def test_many_small_losses_do_not_underflow(self):
+        losses = torch.full((100,), 1e-8)
+        assert weights(make("geometric_mean"), losses) == pytest.approx([0.01] * 100, rel=1e-4)
+
+
+class TestSTCH:
+    def test_approaches_the_maximum(self):
+        b = make("stch", warmup=None, mu=1e-3)
+        assert isinstance(b, LossWeighting)
+        b.bind(["a", "b", "c"])
+        total, w = b.combine(L)
+        assert float(total) == pytest.approx(3 * 4.0, rel=1e-6)
+        assert w.tolist() == pytest.approx([0, 0, 3.0])
+
+    def test_warm_up_then_nadir(self):
+        b = make("stch", mu=0.5, warmup=1)
+        steps = [L, 2 * L, L * torch.tensor([1.0, 2.0, 3.0])]
+        w = epochs(b, steps)
+        for found, values in zip(w[:2], steps[:2], strict=True):
+            assert found == pytest.approx((1 / values).tolist())
+        f = torch.log(steps[2] / (2 * L))
+        assert w[2] == pytest.approx((3 * torch.softmax(f / 0.5, 0) / steps[2]).tolist(), rel=1e-6)
+
+    def test_told_of_an_epoch_before_or_after_binding_counts_the_same(self):
+        early, late = make("stch", warmup=0), make("stch", warmup=0)
+        late.bind(["0", "1", "2"])
+        assert epochs(early, [L, L, 2 * L]) == epochs(late, [L, L, 2 * L])
+
+    def test_refuses_no_smoothness(self):
+        with pytest.raises(InputError, match="mu of stch is positive"):
+            make("stch", mu=0.0)
+
+
+class TestFAMO:
+    def test_first_weights(self):
+        w = weights(make("famo"))
+        assert w == pytest.approx(((1 / L) / (1 / L).sum()).tolist())
+
+    def test_follows_the_published_algorithm(self):
+        xi = torch.nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.Adam([xi], lr=0.025, weight_decay=1e-3)
+        b = make("famo")
+        b.bind(["a", "b", "c"])
+        for step in range(30):
+            before = L * 0.9 ** (step * torch.arange(1, 4) / 3)
+            after = before * torch.tensor([0.97, 0.95, 0.99 - 0.001 * step])
+            z = torch.softmax(xi, 0)
+            expected = z.detach() / before / (z.detach() / before).sum()
+            assert weights(b, before) == pytest.approx(expected.tolist(), rel=1e-5)
+            b.after_step(dict(zip("abc", after, strict=True)))
+            optimizer.zero_grad()
+            z.backward((before.log() - after.log()).float())
+            optimizer.step()
+
+    def test_the_next_losses_stand_in_for_a_second_look(self):
+        told, untold = make("famo"), make("famo")
+        for b in (told, untold):
+            b.bind(["a", "b", "c"])
+        series = [L, L * torch.tensor([0.9, 0.5, 1.0]), L * 0.4]
+        for now, following in pairwise(series):
+            weights(told, now)
+            told.after_step(dict(zip("abc", following, strict=True)))
+            weights(untold, now)
+        assert weights(told, series[-1]) == weights(untold, series[-1])
+
+    def test_slow_tasks_gain_weight(self):
+        b = make("famo")
+        b.bind(["a", "b", "c"])
+        equal = torch.ones(3, dtype=torch.float64)
+        for _ in range(50):
+            w = weights(b, equal)
+            b.after_step(dict(zip("abc", equal * torch.tensor([0.5, 0.9, 1.0]), strict=True)))
+        assert w[0] < w[1] < w[2]
+
+
+def test_rlw_distributions():
+    b = make("rlw", seed=1)
+    w = torch.tensor([weights(b) for _ in range(4000)])
+    assert torch.allclose(w.sum(1), torch.ones(4000))
+    assert w.mean(0).tolist() == pytest.approx([1 / 3] * 3, abs=0.015)
+    flat = make("rlw", distribution="dirichlet", seed=1)
+    w = torch.tensor([weights(flat) for _ in range(4000)])
+    assert w.var(0).tolist() == pytest.approx([1 / 18] * 3, rel=0.1)  # that of Dirichlet(1, 1, 1)
+    with pytest.raises(InputError, match="'normal' or 'dirichlet'"):
+        make("rlw", distribution="cauchy")

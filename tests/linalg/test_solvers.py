@@ -1,0 +1,261 @@
+"""The K x K solvers against SciPy, and against the conditions that characterise their solutions."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import scipy.optimize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from polytask.linalg import (
+    conflict_averse,
+    correlation,
+    fair_weights,
+    min_norm_point,
+    nonnegative_qp,
+    project_dual_cone,
+    project_simplex,
+)
+
+
+def vectors(seed: int, decades: float = 0.0, low_rank: bool = False, common: float = 0.3) -> np.ndarray:
+    """Random gradients: 2 to 12 tasks, lengths over some decades, a duplicate now and then, or fewer dimensions than tasks."""
+    rng = np.random.default_rng(seed)
+    tasks = int(rng.integers(2, 13))
+    dimensions = max(1, tasks - int(rng.integers(1, 4))) if low_rank else tasks + int(rng.integers(0, 8))
+    G = rng.standard_normal((tasks, dimensions)) + common * rng.standard_normal(dimensions)
+    if low_rank and tasks > 2 and seed % 3 == 0:
+        G[-1] = G[0]
+    return G * 10 ** rng.uniform(-decades / 2, decades / 2, (tasks, 1))
+
+
+KINDS = {
+    "plain": {},
+    "badly scaled": {"decades": 12.0},
+    "rank-deficient": {"low_rank": True},
+    "both": {"decades": 6.0, "low_rank": True},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def many(request):
+    return [vectors(seed, **request.param) for seed in range(60)]
+
+
+class TestMinNormPoint:
+    def test_optimality(self, many):
+        """<g_i, d> >= |d|^2 for all i, with equality where w_i > 0, up to the rounding of unit vectors."""
+        for G in many:
+            w = min_norm_point(G @ G.T)
+            assert (w >= 0).all()
+            assert w.sum() == pytest.approx(1, abs=1e-12)
+            n = np.linalg.norm(G, axis=1)
+            d, size = w @ G, w @ n
+            gap = (G @ d - d @ d) / n
+            assert gap.min() >= -1e-6 * size
+            assert (w * n * np.abs(gap)).max() <= 1e-6 * size**2
+
+    def test_agrees_with_nnls(self):
+        """The nearest point of a cone's slice, by Lawson and Hanson: minimise |G'v|^2 + (1'v - 1)^2."""
+        for seed in range(100):
+            G = vectors(seed, common=1.0)
+            w = min_norm_point(G @ G.T)
+            v, _ = scipy.optimize.nnls(np.vstack([G.T, np.ones(len(G))]), np.r_[np.zeros(G.shape[1]), 1.0])
+            assert w @ G == pytest.approx(v @ G / v.sum(), rel=1e-6, abs=1e-9)
+
+    def test_special_cases(self):
+        assert min_norm_point(np.array([[4.0]])) == pytest.approx([1.0])
+        assert min_norm_point(np.ones((2, 2))) == pytest.approx([0.5, 0.5])
+        assert min_norm_point(np.array([[1.0, -1.0], [-1.0, 1.0]])) == pytest.approx([0.5, 0.5])
+        assert min_norm_point(np.diag([1.0, 0.0, 4.0])) == pytest.approx([0, 1, 0])
+
+    @pytest.mark.parametrize("K", [40, 100])
+    def test_many_tasks(self, K):
+        rng = np.random.default_rng(K)
+        for dimensions in (K // 3, K, 3 * K):
+            G = rng.standard_normal((K, dimensions)) + 0.2
+            w = min_norm_point(G @ G.T)
+            d = w @ G
+            assert (G @ d).min() >= d @ d - 1e-9 * K
+
+
+@given(hnp.arrays(np.float64, st.integers(1, 30), elements=st.floats(-1e3, 1e3)), st.floats(0.1, 10))
+@settings(max_examples=100, deadline=None)
+def test_project_simplex(v, total):
+    w = project_simplex(v, total)
+    assert (w >= 0).all()
+    assert w.sum() == pytest.approx(total, rel=1e-9)
+    # the nearest point: moving mass between positive coordinates changes nothing, and none should move to a zero one
+    shift = v - w
+    assert shift[w > 0] == pytest.approx(shift.max(), abs=1e-9 * (1 + np.abs(v).max()))
+
+
+class TestNonnegativeQP:
+    @pytest.mark.parametrize("n", [1, 5, 40])
+    def test_complementarity(self, n):
+        rng = np.random.default_rng(n)
+        A = rng.standard_normal((n, n + 3))
+        M = correlation(A @ A.T)[0]
+        Q = rng.standard_normal((30, n))
+        Z = nonnegative_qp(M, Q)
+        slack = Z @ M + Q
+        assert (Z >= 0).all()
+        assert slack.min() >= -1e-9
+        assert np.abs(Z * slack).max() <= 1e-8
+
+    def test_agrees_with_nnls(self):
+        rng = np.random.default_rng(1)
+        for _ in range(100):
+            A, b = rng.standard_normal((9, 6)), rng.standard_normal(9)
+            expected, _ = scipy.optimize.nnls(A, b)
+            assert nonnegative_qp(A.T @ A, -(A.T @ b)[None])[0] == pytest.approx(expected, abs=1e-9)
+
+    def test_any_first_guess_leads_to_the_same_point(self):
+        rng = np.random.default_rng(2)
+        A = rng.standard_normal((12, 10))
+        M, Q = A.T @ A / 10 + 0.1 * np.eye(10), rng.standard_normal((50, 10))
+        free = rng.random(Q.shape) < 0.5
+        assert nonnegative_qp(M, Q, free) == pytest.approx(nonnegative_qp(M, Q), abs=1e-10)
+
+
+class TestDualCone:
+    def test_projections(self, many):
+        """d lies in the cone, d - g in the polar one, and they are orthogonal: Moreau's decomposition."""
+        for G in many:
+            n = np.linalg.norm(G, axis=1)
+            U = np.vstack([np.eye(len(G)), np.full(len(G), 1 / len(G))])
+            V = project_dual_cone(G @ G.T, U)
+            D, size = V @ G, np.abs(V * n).sum(1)
+            assert ((D @ G.T) / n >= -1e-6 * size[:, None]).all()
+            assert (V >= U - 1e-12).all()
+            assert (np.abs(np.einsum("ij,ij->i", D, (V - U) @ G)) <= 1e-6 * size**2).all()
+
+    def test_agrees_with_nnls(self):
+        for seed in range(100):
+            G = vectors(seed)
+            V = project_dual_cone(G @ G.T, np.eye(len(G)))
+            for i, v in enumerate(V):
+                z, _ = scipy.optimize.nnls(G.T, -G[i])
+                assert v @ G == pytest.approx((np.eye(len(G))[i] + z) @ G, abs=1e-7 * np.linalg.norm(G[i]))
+
+    def test_without_conflict_nothing_changes(self):
+        G = np.abs(vectors(3))
+        assert project_dual_cone(G @ G.T, np.eye(len(G))) == pytest.approx(np.eye(len(G)))
+
+
+class TestConflictAverse:
+    @pytest.mark.parametrize("c", [0.1, 0.5, 2.0])
+    def test_agrees_with_slsqp(self, c):
+        """The dual: minimise <g_w, g_0> + c |g_0| |g_w| over the simplex."""
+        for seed in range(50):
+            G = vectors(seed)
+            K = len(G)
+            u = np.full(K, 1 / K)
+            g0 = u @ G
+            r = c * np.linalg.norm(g0)
+
+            def dual(w, G=G, g0=g0, r=r):
+                return w @ G @ g0 + r * np.sqrt(w @ G @ G.T @ w + 1e-18)
+
+            found = scipy.optimize.minimize(
+                dual,
+                u,
+                bounds=[(0, None)] * K,
+                constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+                method="SLSQP",
+                tol=1e-14,
+            )
+            v = conflict_averse(G @ G.T, u, c)
+            x = v @ G
+            assert np.linalg.norm(x) <= r * (1 + 1e-6)
+            # strong duality: the worst improvement reaches the dual's optimum, which SLSQP approaches from above
+            worst = (G @ (g0 + x)).min()
+            assert worst == pytest.approx(found.fun, rel=1e-4, abs=1e-5 * np.linalg.norm(g0) * np.linalg.norm(G))
+            assert worst <= found.fun + 1e-6 * abs(found.fun) + 1e-9
+
+    def test_fills_the_ball_and_is_optimal(self, many):
+        for G in many:
+            n = np.linalg.norm(G, axis=1)
+            u = np.full(len(G), 1 / len(G))
+            v = conflict_averse(G @ G.T, u, 0.5)
+            g0, x = u @ G, v @ G
+            assert (v >= 0).all()
+            assert np.linalg.norm(x) <= 0.5 * np.linalg.norm(g0) * (1 + 1e-6) + 1e-9 * n.max()
+            gains = G @ (g0 + x)
+            # only the worst-off tasks are pulled for, all to one gain, best seen where vectors are short
+            size = (u + v) @ n
+            pulled = np.flatnonzero(v * n > 1e-9 * size)
+            if len(pulled):
+                above = (gains - gains[pulled[n[pulled].argmin()]]) / n
+                assert above.min() >= -1e-6 * size
+                assert np.abs(above[pulled]).max() <= 1e-6 * size
+
+    def test_no_radius(self):
+        G = vectors(1)
+        assert conflict_averse(G @ G.T, np.full(len(G), 1 / len(G)), 0.0) == pytest.approx(np.zeros(len(G)))
+
+
+class TestFairWeights:
+    @pytest.mark.parametrize("alpha", [0.1, 0.5, 1.0, 2.0, 10.0])
+    def test_solves_its_equation(self, alpha):
+        for seed in range(60):
+            # an alpha of 10 raises ratios of lengths to the tenth power
+            for decades in (0.0, 12.0 if alpha <= 2 else 1.0):
+                G = vectors(seed, decades=decades, common=0.6)
+                C = G @ G.T
+                p = np.random.default_rng(seed).uniform(0.2, 3, len(G))
+                w = fair_weights(C, p, alpha)
+                assert (w > 0).all()
+                wanted = p * w ** (-1 / alpha)
+                # relative to what is added up on the left, the accuracy that C itself allows
+                n = np.linalg.norm(G, axis=1)
+                assert (np.abs(C @ w - wanted) <= 1e-9 * wanted + 1e-12 * n * (n @ w)).all()
+
+    def test_agrees_with_least_squares(self):
+        for seed in range(40):
+            G = vectors(seed, common=1.0)
+            C, n = G @ G.T, np.linalg.norm(G, axis=1)
+            w = fair_weights(C, np.ones(len(G)), 2.0)
+            start = np.full(len(G), 1 / len(G))
+            found = scipy.optimize.least_squares(
+                lambda w, C=C: C @ w - w**-0.5, start, bounds=(1e-12, np.inf), xtol=1e-15, ftol=1e-15, gtol=1e-15
+            )
+            assert w @ G == pytest.approx(found.x @ G, rel=1e-4, abs=1e-4 * float(w @ n))
+
+    def test_rank_deficient_but_not_stationary(self):
+        for seed in range(60):
+            G = vectors(seed, low_rank=True)
+            G[:, 0] = 0.5 + np.abs(G[:, 0])  # all have a part in common: 0 is not in their hull
+            C = G @ G.T
+            w = fair_weights(C, np.ones(len(G)), 1.0)
+            assert C @ w == pytest.approx(1 / w, rel=1e-8)
+
+    @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
+    def test_stationary_points_fall_back_and_say_so(self, alpha, caplog):
+        G = np.array([[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]])
+        with caplog.at_level(logging.INFO, logger="polytask"):
+            w = fair_weights(G @ G.T, np.ones(3), alpha)
+        assert w @ G == pytest.approx(np.zeros(2), abs=1e-6)
+        assert w.sum() == pytest.approx(1)
+        assert "Pareto stationary" in caplog.text
+
+    @pytest.mark.parametrize("K", [40, 100])
+    def test_many_tasks(self, K):
+        rng = np.random.default_rng(K)
+        G = rng.standard_normal((K, 2 * K)) + 0.1
+        C = G @ G.T
+        for alpha in (1.0, 2.0):
+            w = fair_weights(C, np.ones(K), alpha)
+            assert C @ w == pytest.approx(w ** (-1 / alpha), rel=1e-9)
+
+
+def test_correlation_of_many_decades():
+    G = vectors(5)
+    scales = 10.0 ** np.linspace(-6, 6, len(G))
+    R, n = correlation((G * scales[:, None]) @ (G * scales[:, None]).T)
+    assert pytest.approx(correlation(G @ G.T)[0], abs=1e-12) == R
+    assert n == pytest.approx(np.linalg.norm(G, axis=1) * scales)
