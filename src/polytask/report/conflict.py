@@ -182,13 +182,13 @@ def pair_table(found: Sequence[Pair]) -> Markup:
 
 
 def _pairs(found: Sequence[Pair]) -> Markup:
-    titles = ("Pair of tasks", "Mean cosine", "Conflicts", "Null", "Above the null", "Over time", "Reading")
+    titles = ("Pair of tasks", "Mean cosine", "Conflicts", "Null", "Beyond noise", "Over time", "Reading")
     head = tag("thead", tag("tr", *(tag("th", title, scope="col") for title in titles)))
     return tag("table", head, tag("tbody", *map(_pair_row, found)), class_="cards pairs")
 
 
 def _pair_row(pair: Pair) -> Markup:
-    above, seen = pair.epochs_above
+    beyond, seen = pair.beyond_noise
     reading = pair.reading
     return tag(
         "tr",
@@ -198,7 +198,7 @@ def _pair_row(pair: Pair) -> Markup:
         tag("td", plain(pair.cosine, 2, sign=True), class_="number", data_label="Mean cosine"),
         tag("td", share(pair.rate), class_="number", data_label="Conflicts"),
         tag("td", share(pair.null_rate), class_="number", data_label="Null"),
-        tag("td", f"{above} of {seen} epochs" if seen else MISSING, class_="number", data_label="Above the null"),
+        tag("td", f"{beyond} of {seen} epochs" if seen else MISSING, class_="number", data_label="Beyond noise"),
         tag("td", _sparkline(pair), data_label="Over time"),
         tag("td", f"{reading.symbol} {reading.word}", class_=f"effect {reading.style}", data_label="Reading"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from polytask.report.numbers import duration, finite, percent, plain, share
 from polytask.report.reading import Results, falling, label_of
 from polytask.report.verdict import group_boxes
 
+TABLE_FILE = re.compile(r"\.(csv|tsv|txt|parquet|pq|feather|arrow)(\.\w+)?$", re.IGNORECASE)
 GROUPINGS_SHOWN, LABEL_PARTS = 12, ("train", "validation", "test")
 
 
@@ -125,14 +127,15 @@ def _cost_row(label: str, seconds: float, part: float) -> Markup:
     )
 
 
-def replay(run: str) -> Markup:
+def replay(results: Results, run: str) -> Markup:
     """The commands that use this run or do it again."""
-    folder = shlex.quote(run)
+    folder, source = shlex.quote(run), str((results.get("data") or {}).get("source") or "")
+    table = shlex.quote(source) if TABLE_FILE.search(source) else "DATA"
     commands = {
         "Predict with the model": f"polytask predict {folder} NEW.csv",
         "Print the diagnosis of interference": f"polytask explain {folder}",
         "Write this page again": f"polytask report {folder}",
-        "Train again, exactly as here": f"polytask fit --config {folder}/config.yaml",
+        "Train again, exactly as here": f"polytask fit {table} --config {folder}/config.yaml --out {shlex.quote(run + '-again')}",
     }
     where = tag("p", "Every number of this page stands in ", tag("code", "results.json"), " beside it.", class_="note")
     listed = _facts({what: tag("code", command) for what, command in commands.items()})

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polytask.report.numbers import MISSING, plain, share, shortened
-from polytask.report.reading import CONFLICT, TESTED, Pair, Results, check, entry, pairs
+from polytask.report.reading import CONFLICT, EARLIER, TESTED, Pair, Results, check, entry, pairs
 from polytask.report.tables import Sheet, finding, framed
 
 MOST_TASKS, MOST_PAIRS, WIDE = 12, 12, 96
@@ -46,7 +46,7 @@ def _diagnosis(seen: Mapping[str, Any], found: Sequence[Pair], width: int) -> Gr
 
 
 def _own_sentences(found: Sequence[Pair]) -> list[str]:
-    opposed = [p for p in found if p.reading in (CONFLICT, TESTED)]
+    opposed = [p for p in found if p.reading in (CONFLICT, EARLIER, TESTED)]
     if not opposed:
         return ["No pair of tasks conflicts more often than mini-batches of one task do."]
     return [
@@ -81,14 +81,14 @@ def _cosine(seen: Mapping[str, Any], epoch: int, i: int, j: int) -> Text:
 def _pairs(found: Sequence[Pair], width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), width=width)
     table.add_column("Pair of tasks", ratio=1, overflow="ellipsis", no_wrap=True, min_width=12)
-    heads = ("Cosine", "Conflicts", "Null", "Above null") if width >= WIDE else ("Cosine", "Conflicts", "Null")
+    heads = ("Cosine", "Conflicts", "Null", "Beyond noise") if width >= WIDE else ("Cosine", "Conflicts", "Null")
     for head in heads:
         table.add_column(head, justify="right", no_wrap=True)
     table.add_column("Reading", no_wrap=True)
     for pair in found:
-        above, seen = pair.epochs_above
+        beyond, seen = pair.beyond_noise
         cells = [plain(pair.cosine, 2, sign=True), share(pair.rate), share(pair.null_rate)]
-        cells.append(f"{above}/{seen}" if seen else MISSING)
+        cells.append(f"{beyond}/{seen}" if seen else MISSING)
         room = (width - (64 if width >= WIDE else 52)) // 2
         names = f"{shortened(pair.first, room)} – {shortened(pair.second, room)}"
         table.add_row(Text(names), *cells[: len(heads)], finding(pair.reading))

@@ -66,7 +66,7 @@ def page(results: Results, run: str = "RUN") -> str:
         context.groupings(results),
         context.data_and_budget(results),
         context.cost(results),
-        context.replay(run),
+        context.replay(results, run),
     )
     source = (results.get("data") or {}).get("source")
     made = f"Made by polytask {results.get('polytask', '')}. This page is one file and loads nothing."

@@ -140,11 +140,12 @@ def reference_name(results: Results) -> str | None:
 
 
 def joint_name(results: Results) -> str | None:
-    """The joint method shown beside the reference: the chosen one, or the best by Delta_m where none was chosen."""
-    chosen, reference = results["verdict"].get("method"), reference_name(results)
-    if chosen != reference and any(m.get("name") == chosen for m in results["methods"]):
-        return str(chosen)
-    return next((m.get("name") for m in ranked_methods(results) if m.get("name") != reference), None)
+    """The joint method shown beside the reference: the verdict's, or the best on validation rows where it names none."""
+    verdict, reference = results["verdict"], reference_name(results)
+    wanted = verdict.get("joint") or verdict.get("method")
+    joint = [m for m in results["methods"] if m.get("name") != reference]
+    best = sorted(joint, key=lambda m: (m.get("name") != wanted, falling(m.get("validation_score"))))
+    return best[0].get("name") if best else None
 
 
 def histories(results: Results, method: str | None) -> list[Mapping[str, Any]]:
@@ -165,6 +166,7 @@ def mean_of(values: Iterable[Any]) -> float | None:
 
 CONFLICT = Effect("conflict above the null", "▼", "lose")
 TESTED = Effect("conflict by the test", "▼", "lose")
+EARLIER = Effect("conflict in some epochs", "▼", "lose")
 ALIGNED = Effect("aligned on average", "●", "even")
 NOISE = Effect("within noise", "●", "even")
 NO_NULL = Effect("no null to compare", "○", "even")
@@ -172,14 +174,23 @@ NO_NULL = Effect("no null to compare", "○", "even")
 
 @dataclass(frozen=True)
 class Pair:
-    """How the gradients of two tasks met over the observed epochs, beside the null: mini-batches of one task."""
+    """How the gradients of two tasks met over the observed epochs, beside the null: mini-batches of one task.
+
+    Attributes:
+        first: name of one task.
+        second: name of the other.
+        cosine: mean over the epochs.
+        conflict: share of mini-batches with opposed gradients, an entry an epoch.
+        null: the same within one task, averaged over the two.
+        tested: whether the study's own test called them conflicting, an entry an epoch; None where it made none.
+    """
 
     first: str
     second: str
     cosine: float | None
     conflict: tuple[float | None, ...]
     null: tuple[float | None, ...]
-    tested: bool | None
+    tested: tuple[bool, ...] | None
 
     @property
     def rate(self) -> float | None:
@@ -203,10 +214,15 @@ class Pair:
         return sum(c > n for c, n in met), len(met)
 
     @property
+    def beyond_noise(self) -> tuple[int, int]:
+        """In how many epochs the pair was found in conflict, by the study's test or else by its rate, and how many there were."""
+        return self.epochs_above if self.tested is None else (sum(self.tested), len(self.tested))
+
+    @property
     def reading(self) -> Effect:
         """What to make of the pair: the study's own test where it was made, the comparison of rates otherwise."""
-        if self.tested:
-            return TESTED
+        if self.tested and any(self.tested):
+            return TESTED if self.tested[-1] else EARLIER
         if self.excess is None or self.cosine is None:
             return NO_NULL
         if self.cosine >= 0:
@@ -227,14 +243,14 @@ def pairs(results: Results) -> list[Pair]:
 
 
 def _pair(seen: Mapping[str, Any], i: int, j: int, epochs: range) -> Pair:
-    tested = seen.get("conflicting")
+    conflicting = seen.get("conflicting")
     return Pair(
         seen["tasks"][i],
         seen["tasks"][j],
         mean_of(entry(seen, "cosine", e, i, j) for e in epochs),
         tuple(entry(seen, "conflict_rate", e, i, j) for e in epochs),
         tuple(mean_of(entry(seen, "null_conflict_rate", e, k) for k in (i, j)) for e in epochs),
-        None if tested is None else {i, j} in [set(pair) for pair in tested],
+        None if conflicting is None else tuple({i, j} in map(set, found or ()) for found in conflicting),
     )
 
 

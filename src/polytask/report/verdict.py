@@ -67,14 +67,22 @@ def tiles(results: Results) -> Markup:
     alone, joint = finite(cost.get("single_task_seconds")), finite(cost.get("joint_seconds"))
     label = label_of(results, name)
     figures = (
-        _tile("Gain, mean over tasks", *_percent(delta_m(method, "tasks")), "Δm; single task = 0"),
-        _tile("Gain, mean over metrics", *_percent(delta_m(method, "metrics")), "Δm; single task = 0"),
+        _tile(
+            "Gain, mean over tasks",
+            *_percent(delta_m(method, "tasks")),
+            "Δm, single\N{NO-BREAK SPACE}task\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}0",
+        ),
+        _tile(
+            "Gain, mean over metrics",
+            *_percent(delta_m(method, "metrics")),
+            "Δm, single\N{NO-BREAK SPACE}task\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}0",
+        ),
         _tile("Mean rank", plain(method.get("mean_rank"), 1), f"of {len(results['methods'])} methods", "1 is best"),
-        _tile("Time to train", duration(joint), f"single tasks: {duration(alone)}", "joint model"),
+        _tile("Time to train", duration(joint), f"single tasks: {duration(alone)}", "one seed, joint model"),
     )
     caption = tag(
         "p",
-        "Best joint training: ",
+        "Joint training: ",
         tag("b", label),
         ", against single-task models on the test rows",
         class_="note caption",
