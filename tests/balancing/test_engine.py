@@ -70,13 +70,16 @@ def expected(m, weights, weigh_heads=False):
 
 @pytest.mark.parametrize("deep_heads", [False, True])
 @pytest.mark.parametrize("balancer", [Fixed, FixedRows])
-@pytest.mark.parametrize("how", ["exact", "exact inferred", "one pass", "two passes"])
-def test_shared_parameters_get_the_combination_and_heads_their_own(deep_heads, balancer, how):
+@pytest.mark.parametrize("how", ["exact", "exact inferred", "exact streamed", "one pass", "two passes"])
+def test_shared_parameters_get_the_combination_and_heads_their_own(deep_heads, balancer, how, monkeypatch):
+    if how == "exact streamed":
+        monkeypatch.setattr("polytask.balancing.engine.STREAM_ABOVE", 0)
     m = model(deep_heads)
     losses = losses_of(m)
     arguments = {
         "exact": {"shared": m.trunk, "level": "exact"},
         "exact inferred": {},
+        "exact streamed": {},
         "one pass": {"features": m.features},
         "two passes": {"features": m.features["features"].tensor},
     }[how]

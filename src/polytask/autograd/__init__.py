@@ -4,6 +4,7 @@ from polytask.autograd.fan_out import Copies, FanOut, LinearHeads
 from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
+from polytask.autograd.layerwise import layerwise_gramian
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
 from polytask.autograd.workspace import Workspace
 
@@ -17,5 +18,6 @@ __all__ = [
     "Workspace",
     "gramian",
     "jacobian",
+    "layerwise_gramian",
     "leaves",
 ]

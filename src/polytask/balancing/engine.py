@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -11,10 +12,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from polytask.autograd import DenseGradients, FanOut, TaskGradients, gramian, jacobian, leaves
+from polytask.autograd import DenseGradients, FanOut, TaskGradients, gramian, jacobian, layerwise_gramian, leaves
 from polytask.autograd.fan_out import Select
+from polytask.autograd.layerwise import UnsupportedGraphError
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
 from polytask.errors import InputError, TrainingError
+
+logger = logging.getLogger(__name__)
+
+# a Jacobian of more bytes than this is not held where the method needs its Gramian only
+STREAM_ABOVE = 2**28
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 Level = Literal["auto", "representation", "exact"]
@@ -56,7 +63,8 @@ def backward(
             without ``features``; always before any ``.grad`` is touched.
         TrainingError: a loss or a task's gradient that is not finite; the message names the task.
 
-    Cost: one backward pass for loss weightings and at representation level, K at exact level and K x P numbers.
+    Cost: one backward pass for loss weightings and at representation level. At exact level K passes and K x P numbers; where those
+    would exceed 256 MiB, Gramian methods take one pass more and never hold them.
     """
     named = _named(losses)
     if isinstance(balancer, str):
@@ -165,11 +173,17 @@ def _weigh(
         seen = Observation(tuple(names), values, None, gramian(rows) / scale**2, level)
         return direction * scale if scale != 1.0 else direction, seen
     assert isinstance(balancer, GramianWeighting)
-    C = gradients.gramian() / scale**2
+    w, seen = _weigh_gramian(balancer, gradients.gramian() / scale**2, values, names, level)
+    return gradients.combination(w), seen
+
+
+def _weigh_gramian(
+    balancer: GramianWeighting, C: Tensor, values: Tensor, names: list[str], level: str
+) -> tuple[Tensor, Observation]:
     host = C.cpu().numpy()
     _refuse([n for n, ok in zip(names, np.isfinite(np.diag(host)), strict=True) if not ok])
     w = torch.from_numpy(balancer.weights_of(host, values.double().cpu().numpy())).to(C.device)
-    return gradients.combination(w), Observation(tuple(names), values, w.to(values), C, level)
+    return w, Observation(tuple(names), values, w.to(values), C, level)
 
 
 def _refuse(names: list[str]) -> None:
@@ -248,6 +262,12 @@ def _exact(
     if not parameters:
         torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]
         return Observation(tuple(names), values, torch.ones_like(values), None, "exact")
+    n_bytes = len(losses) * sum(p.numel() * p.element_size() for p in parameters)
+    if isinstance(balancer, GramianWeighting) and n_bytes > STREAM_ABOVE:
+        try:
+            return _exact_streamed(balancer, names, losses, scaled, parameters, own, scale)
+        except UnsupportedGraphError as error:
+            logger.info("the Gramian cannot be streamed (%s): the Jacobian is held, %d bytes", error, n_bytes)
     rows, extra = jacobian(scaled, parameters, own, workspace=balancer.workspace)
     direction, observation = _weigh(balancer, DenseGradients(rows), values, names, scale, "exact")
     for piece, p in zip(torch.split(direction, [p.numel() for p in parameters]), parameters, strict=True):
@@ -256,6 +276,25 @@ def _exact(
         for p, g in zip(mine, gradients, strict=True):
             if g is not None:
                 _accumulate(p, g)
+    return observation
+
+
+def _exact_streamed(
+    balancer: GramianWeighting,
+    names: list[str],
+    losses: list[Tensor],
+    scaled: list[Tensor],
+    parameters: list[Tensor],
+    own: list[list[Tensor]],
+    scale: float,
+) -> Observation:
+    """The Gramian without the Jacobian, then one backward pass of the weighted losses."""
+    C = layerwise_gramian(scaled, parameters) / scale**2
+    w, observation = _weigh_gramian(balancer, C, torch.stack(losses).detach(), names, "exact")
+    heads = list({id(p): p for mine in own for p in mine}.values())
+    if heads:
+        torch.autograd.backward(torch.stack(scaled).sum(), inputs=heads, retain_graph=True)
+    torch.autograd.backward((w.to(scaled[0]) * torch.stack(scaled)).sum(), inputs=parameters)
     return observation
 
 

@@ -1,0 +1,236 @@
+"""The exact Gramian of parameter gradients, layer by layer, without ever holding the Jacobian.
+
+Plain backward passes come one task after another, so the gradients of one layer for all tasks are together only once the whole K x P
+Jacobian is held. Here the graph is walked once with K cotangents side by side: at each parameter all K gradients are at hand at the same
+moment, their inner products are added to the Gramian, and they are let go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.autograd.gramian import gramian
+
+Lanes = list[Tensor | None]
+
+# how much of |X|^2 |D|^2 must survive in |X'D|^2 for the product form to keep four digits in float32
+SURVIVING = 1e-3
+# numbers held at once where the weight matrix is smaller: 4 MB in float32
+SLICE = 2**20
+
+
+class UnsupportedGraphError(RuntimeError):
+    """The graph holds a node that cannot be run by itself; take the Jacobian instead."""
+
+
+def layerwise_gramian(
+    losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor]
+) -> Float[Tensor, "tasks tasks"]:
+    r"""Inner products :math:`C_{kl} = \sum_p \langle \nabla_p L_k, \nabla_p L_l\rangle` of exact parameter gradients.
+
+    Linear layers with input X (examples x in) and cotangents D_k (examples x out) never form their K weight gradients where
+
+    .. math:: \langle X^\top D_k, X^\top D_l\rangle = \langle D_k, (XX^\top) D_l\rangle
+
+    is cheaper and not endangered by cancellation.
+
+    Args:
+        losses: K scalars with graph; the graph is kept.
+        parameters: the tensors differentiated with respect to, leaves of the graph.
+
+    Returns:
+        C, shape (K, K), float64. Cost: K backward passes (less for linear layers with few examples); memory of K cotangents at
+        the widest cut of the graph and of K gradients of one layer.
+
+    Raises:
+        UnsupportedGraphError: a node that refuses to run outside the engine; hooks on intermediate tensors are not called.
+    """
+    walk = _Walk(losses, {id(p) for p in parameters})
+    with torch.no_grad():
+        return walk.run()
+
+
+class _Walk:
+    def __init__(self, losses: Sequence[Tensor], wanted: set[int]) -> None:
+        self.wanted = wanted
+        self.K = len(losses)
+        self.C = torch.zeros(self.K, self.K, dtype=torch.float64, device=losses[0].device)
+        self.needed: dict[Any, bool] = {}
+        self.waiting: dict[Any, int] = {}
+        self.lanes: dict[Any, dict[int, Lanes]] = {}
+        self.roots: list[Any] = [loss.grad_fn for loss in losses]
+        for root in self.roots:
+            self._mark(root)
+        for node, needed in self.needed.items():
+            if needed:
+                for child, _ in node.next_functions:
+                    if child is not None and self.needed[child]:
+                        self.waiting[child] = self.waiting.get(child, 0) + 1
+        self.readers = dict(self.waiting)
+        for k, (root, loss) in enumerate(zip(self.roots, losses, strict=True)):
+            self._slot(root, loss.output_nr)[k] = torch.ones_like(loss)
+
+    def _mark(self, root: Any) -> None:
+        """Which nodes lead to a wanted parameter, children before parents."""
+        stack = [(root, False)]
+        while stack:
+            node, expanded = stack.pop()
+            if expanded:
+                self.needed[node] = id(getattr(node, "variable", None)) in self.wanted or any(
+                    self.needed[c] for c, _ in node.next_functions if c is not None
+                )
+            elif node not in self.needed:
+                stack.append((node, True))
+                stack.extend((c, False) for c, _ in node.next_functions if c is not None and c not in self.needed)
+
+    def _slot(self, node: Any, output: int) -> Lanes:
+        return self.lanes.setdefault(node, {}).setdefault(output, [None] * self.K)
+
+    def run(self) -> Tensor:
+        ready = [n for n in dict.fromkeys(self.roots) if self.needed[n] and not self.waiting.get(n)]
+        while ready:
+            node = ready.pop()
+            arrived = self.lanes.pop(node, {})
+            if hasattr(node, "variable"):
+                if 0 in arrived:
+                    self._add(arrived[0])
+                continue
+            linear = _Linear.match(node, self.wanted, self.readers)
+            if arrived:
+                for place, lanes in (linear or _Any(node)).backward(arrived, self):
+                    self._pass_on(node.next_functions[place], lanes)
+            finished = linear.consumed if linear else ()
+            for child, _ in node.next_functions:
+                if child is not None and self.needed[child] and child not in finished:
+                    self.waiting[child] -= 1
+                    if not self.waiting[child]:
+                        ready.append(child)
+        return (self.C + self.C.T) / 2
+
+    def _pass_on(self, edge: tuple[Any, int], lanes: Lanes) -> None:
+        child, output = edge
+        if child is None or not self.needed[child]:
+            return
+        slot = self._slot(child, output)
+        for k, g in enumerate(lanes):
+            if g is None:
+                continue
+            g = _fitted(g, child, output)
+            before = slot[k]
+            slot[k] = g if before is None else before + g
+
+    def _add(self, lanes: Lanes) -> None:
+        """Take the gradients of one parameter into the Gramian."""
+        present = [k for k, g in enumerate(lanes) if g is not None]
+        if present:
+            rows = torch.stack([g.reshape(-1) for g in lanes if g is not None])
+            self.add(present, gramian(rows))
+
+    def add(self, present: list[int], C: Tensor) -> None:
+        """Add the inner products of the tasks present to the Gramian."""
+        self.C[torch.tensor(present)[:, None], torch.tensor(present)] += C
+
+
+def _fitted(g: Tensor, child: Any, output: int) -> Tensor:
+    """What the engine does between two nodes: sum over broadcast dimensions, cast to the forward dtype."""
+    variable = getattr(child, "variable", None)
+    meta = variable if variable is not None else child._input_metadata[output]
+    if g.shape != meta.shape:
+        g = g.sum_to_size(tuple(meta.shape))
+    return g if g.dtype == meta.dtype else g.to(meta.dtype)
+
+
+class _Any:
+    """Any node, run once a task."""
+
+    consumed: tuple[Any, ...] = ()
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+        self.call: Callable[..., Any] = node.apply if hasattr(node, "apply") else node
+
+    def backward(self, arrived: dict[int, Lanes], walk: _Walk) -> list[tuple[int, Lanes]]:
+        count = max(len(self.node._input_metadata), max(arrived) + 1)
+        found: list[tuple[int, Lanes]] = [(i, [None] * walk.K) for i in range(len(self.node.next_functions))]
+        for k in range(walk.K):
+            gradients = [arrived[i][k] if i in arrived else None for i in range(count)]
+            if all(g is None for g in gradients):
+                continue
+            try:
+                outputs = self.call(*gradients)
+            except (RuntimeError, TypeError, NotImplementedError) as error:
+                raise UnsupportedGraphError(f"{type(self.node).__name__}: {error}") from error
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            for (_, lanes), g in zip(found, outputs, strict=False):
+                lanes[k] = g
+        return found
+
+
+class _Linear:
+    """x W' + b with leaves W and b: one product for the cotangents of all tasks, no weight gradient kept."""
+
+    def __init__(self, node: Any, bias: bool) -> None:
+        self.X: Tensor = node._saved_mat1 if bias else node._saved_self
+        self.WT: Tensor = node._saved_mat2
+        self.place = 1 if bias else 0
+        self.node, self.bias = node, bias
+        self.consumed = (node.next_functions[self.place + 1][0],)
+
+    @classmethod
+    def match(cls, node: Any, wanted: set[int], readers: dict[Any, int]) -> _Linear | None:
+        name = type(node).__name__
+        if name not in ("AddmmBackward0", "MmBackward0"):
+            return None
+        bias = name == "AddmmBackward0"
+        transpose = node.next_functions[2 if bias else 1][0]
+        if type(transpose).__name__ != "TBackward0" or readers.get(transpose) != 1:
+            return None
+        if id(getattr(transpose.next_functions[0][0], "variable", None)) not in wanted:
+            return None
+        # a weight used twice has one gradient, the sum over its uses: it must meet itself before it is squared
+        if readers.get(transpose.next_functions[0][0]) != 1 or (
+            bias and (node._saved_alpha != 1 or node._saved_beta != 1)
+        ):
+            return None
+        return cls(node, bias)
+
+    def backward(self, arrived: dict[int, Lanes], walk: _Walk) -> list[tuple[int, Lanes]]:
+        present = [k for k, g in enumerate(arrived[0]) if g is not None]
+        D = torch.stack([g for g in arrived[0] if g is not None])
+        walk.add(present, self._weight_gramian(D))
+        found: list[tuple[int, Lanes]] = []
+        if self.bias:
+            found.append((0, _scatter(present, D.sum(1), walk.K)))
+        below = self.node.next_functions[self.place][0]
+        if below is not None and walk.needed[below]:
+            found.append((self.place, _scatter(present, D @ self.WT.T, walk.K)))
+        return found
+
+    def _weight_gramian(self, D: Float[Tensor, "tasks examples outputs"]) -> Float[Tensor, "tasks tasks"]:
+        K, N, o = D.shape
+        i = self.X.shape[1]
+        if N * N * i + K * N * N * o + K * K * N * o < K * N * i * o + K * K * i * o:
+            flat = D.reshape(K, -1)
+            C = ((self.X @ self.X.T) @ D).reshape(K, -1).double() @ flat.double().T
+            bound = SURVIVING * self.X.double().square().sum() * flat.double().square().sum(1)
+            if bool((C.diagonal() >= bound).all()):
+                return C
+        C = torch.zeros(K, K, dtype=torch.float64, device=D.device)
+        # all K gradients of a slice of the outputs at a time: never more than one weight matrix in all, unless that is small
+        width = max(1, max(o * i, SLICE) // (K * i))
+        for start in range(0, o, width):
+            piece = D[:, :, start : start + width].transpose(1, 2) @ self.X
+            C += gramian(piece.flatten(1))
+        return C
+
+
+def _scatter(present: list[int], values: Tensor, K: int) -> Lanes:
+    lanes: Lanes = [None] * K
+    for k, v in zip(present, values.unbind(), strict=True):
+        lanes[k] = v
+    return lanes
