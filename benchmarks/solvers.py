@@ -16,10 +16,10 @@ import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402  (the number of threads is read at import)
+import numpy as np
 
-from polytask.balancing import GramianWeighting, make  # noqa: E402
-from polytask.registry import methods  # noqa: E402
+from polytask.balancing import GramianWeighting, make
+from polytask.registry import methods
 
 KINDS = ("high_dimensional", "common_part", "degenerate")
 
