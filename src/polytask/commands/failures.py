@@ -40,6 +40,8 @@ class OneSentence(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             raise self._stop(Interrupted("interrupted")) from None
+        except BrokenPipeError:  # whoever read our output has seen enough
+            raise
         except (
             PolytaskError,
             OSError,

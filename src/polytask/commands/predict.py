@@ -7,38 +7,40 @@ from typing import Annotated
 
 import typer
 
-from polytask.commands.console import out
+from polytask.commands.console import err
 from polytask.commands.show import RunFolder
+from polytask.commands.tables import Columns, Data, Encoding, read, write
 
 
 def predict(
     folder: RunFolder,
-    data: Annotated[
-        Path, typer.Argument(help="Rows to predict: CSV, Parquet or Feather, also gzipped.", show_default=False)
-    ],
+    data: Data,
     to: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Where to write: .csv, .parquet or .feather; CSV on stdout when omitted.", show_default=False
+            "--out",
+            metavar="FILE",
+            help="Where to write: .csv, .parquet or .feather; CSV on stdout when omitted.",
+            show_default=False,
         ),
     ] = None,
     intervals: Annotated[
         float | None,
         typer.Option(
-            min=0.01,
-            max=0.99,
-            help="Add prediction intervals of this coverage to regression targets.",
+            metavar="COVERAGE",
+            help="Add intervals of this coverage, such as 0.9, to numeric targets.",
             show_default=False,
         ),
     ] = None,
+    columns: Columns = None,
+    encoding: Encoding = "utf-8",
 ) -> None:
-    """Write predictions, class probabilities and, when asked, intervals for every target."""
-    from polytask.data import read_table
-    from polytask.training import study
+    """Write predictions, class probabilities and, when asked, intervals of every target for new rows."""
+    from polytask.training.prediction import Predictor
 
-    predicted = study.predict(folder, read_table(data), intervals=intervals)
+    predicted = Predictor(folder).predict(read(data, columns, encoding), intervals)
     if to is None:
         typer.echo(predicted.to_csv(index=False), nl=False)
         return
-    write_table(predicted, to)
-    out().print(f"{len(predicted)} rows of predictions: {to}", markup=False, soft_wrap=True)
+    write(predicted, to)
+    err().print(f"{len(predicted)} rows of predictions: {to}", markup=False, soft_wrap=True)

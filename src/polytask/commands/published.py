@@ -14,13 +14,14 @@ from rich.text import Text
 from polytask.commands.console import AsJson, err, out, print_json, table
 
 Seeds = Annotated[
-    int | None, typer.Option(min=1, help="How many seeds; the recipe's own number when omitted.", show_default=False)
+    int | None,
+    typer.Option(min=1, metavar="N", help="How many seeds; the recipe's own number when omitted.", show_default=False),
 ]
 Quick = Annotated[bool, typer.Option("--quick", help="Small settings: seconds, and nothing decided about the claim.")]
 
 
 def recipes(
-    domain: Annotated[str | None, typer.Option(help="Only this domain.", show_default=False)] = None,
+    domain: Annotated[str | None, typer.Option(metavar="NAME", help="Only this domain.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
     """List every recipe: a published system, its paper and its claim."""
@@ -41,9 +42,12 @@ def recipes(
 
 
 def run(
-    name: Annotated[str, typer.Argument(help="As `polytask recipes` lists it.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="As `polytask recipes` lists it.", show_default=False)],
     folder: Annotated[
-        Path, typer.Option("--out", help="A new folder for evidence.json, its page and figures.", show_default=False)
+        Path,
+        typer.Option(
+            "--out", metavar="DIR", help="A new folder for evidence.json, its page and figures.", show_default=False
+        ),
     ],
     seeds: Seeds = None,
     quick: Quick = False,
@@ -75,10 +79,11 @@ def run(
 
 def verify(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which recipes; all when omitted.", show_default=False)
+        list[str] | None, typer.Argument(metavar="NAME", help="Which recipes; all when omitted.", show_default=False)
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option("--out", help="A new folder for the page of claims.", show_default=False)
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="A new folder for the page of claims.", show_default=False),
     ] = None,
     seeds: Seeds = None,
     quick: Quick = False,

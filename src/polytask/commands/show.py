@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,60 +11,48 @@ import typer
 from polytask.commands.console import AsJson, out, print_json
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)]
+CURVES = ("history", "interference")
+"""Parts of results.json that are left to the file: long, and of no use in a terminal."""
 
 
 def report(
     folder: RunFolder,
     to: Annotated[
         Path | None,
-        typer.Option("--to", help="Where to write the page; RUN/report.html when omitted.", show_default=False),
+        typer.Option(
+            "--to", metavar="FILE", help="Where to write the page; RUN/report.html when omitted.", show_default=False
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rebuild a run's report.html from its results.json and print the verdict."""
-    from polytask.report import verdict_table, write_html
+    """Rebuild the report of a run from its results.json, and print the verdict."""
+    from polytask.report import write_html
+    from polytask.training.run_folder import read_results
 
     results = read_results(folder)
-    page = to or folder / "report.html"
-    write_html(results, page)
-    if as_json:
-        print_json(results)
-        return
-    console = out()
-    console.print(verdict_table(results))
-    console.print(f"Report: {page}", markup=False, soft_wrap=True)
+    page = write_html(results, to or folder / "report.html")
+    show_results(results, as_json)
+    if not as_json:
+        out().print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
 def explain(folder: RunFolder, as_json: AsJson = False) -> None:
     """Say which tasks disturb each other: gradient conflicts against the null of mini-batches within one task."""
     from polytask.report import explain as diagnosis
+    from polytask.training.run_folder import read_results
 
     results = read_results(folder)
     if as_json:
         print_json(results.get("interference"))
+    else:
+        out().print(diagnosis(results))
+
+
+def show_results(results: Mapping[str, Any], as_json: bool) -> None:
+    """The verdict and both tables, or results.json without its curves."""
+    from polytask.report import methods_table, verdict_table
+
+    if as_json:
+        print_json({part: found for part, found in results.items() if part not in CURVES})
         return
-    out().print(diagnosis(results))
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """The results of a finished run.
-
-    Raises:
-        InputError: there is no run, or it has not finished.
-        StorageError: its results.json is damaged.
-    """
-    from polytask.errors import InputError, StorageError
-
-    path = folder / "results.json"
-    if not path.is_file():
-        known = folder.is_dir() and (folder / "config.yaml").is_file()
-        raise InputError(
-            f"the run in {folder} has not finished: go on with  polytask fit ... --resume"
-            if known
-            else f"{folder} is not the folder of a run: it has no results.json"
-        )
-    try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
-    return results
+    out().print(verdict_table(results), methods_table(results), sep="\n")

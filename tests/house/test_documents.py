@@ -1,0 +1,56 @@
+"""What the documents of the house promise is there and works."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import polytask
+
+from .conftest import blocks
+
+
+@pytest.mark.parametrize("position", blocks("README.md", "python"))
+def test_every_python_block_of_the_readme_runs(position: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": "__main__"}
+    exec(compile(blocks("README.md", "python")[position], f"README.md block {position}", "exec"), scope)
+    claims = {name: value for name, value in scope.items() if not name.startswith("__")}
+    assert claims, "an example leaves something behind that a reader can look at"
+
+
+def test_ci_runs_the_tests_as_the_readme_says(root: Path) -> None:
+    commands = "\n".join(blocks("README.md", "bash").values())
+    found = re.search(r"python -m pytest[^\n]*", commands)
+    assert found is not None
+    assert found[0] in (root / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_every_direct_dependency_is_pinned_within_its_range(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [line for line in (root / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    pins = {name.lower(): Version(version) for name, version in (line.split("==") for line in lines)}
+    needed = [Requirement(r) for r in [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]]
+    direct = [r for r in needed if r.name != "polytask"]
+    assert len(direct) > 20
+    for requirement in direct:
+        assert requirement.name.lower() in pins, requirement.name
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement.name
+        assert requirement.specifier, f"{requirement.name} has no lower bound"
+
+
+def test_links_between_documents_lead_somewhere(root: Path) -> None:
+    for document in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        text = (root / document).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+            assert (root / target).exists(), f"{document} links to {target}"
+
+
+def test_the_changelog_knows_this_version_or_what_is_coming(root: Path) -> None:
+    text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{polytask.__version__}]" in text or "## [Unreleased]" in text
