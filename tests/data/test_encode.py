@@ -6,8 +6,6 @@ import pickle
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from polytask.data import TableEncoder, read_table
 from polytask.data.vectorizer import TRUSTED_TYPES
@@ -16,7 +14,7 @@ from polytask.errors import InputError, StorageError
 
 def table(n=300, seed=0):
     random = np.random.default_rng(seed)
-    words = np.array("the a red blue dress fits runs small large soft wool summer".split())
+    words = np.array(["the", "a", "red", "blue", "dress", "fits", "runs", "small", "large", "soft", "wool", "summer"])
     return pd.DataFrame(
         {
             "size": random.lognormal(size=n),
@@ -46,7 +44,9 @@ def test_every_column_finds_its_place(encoder):
     assert spec["dropped"] == ["constant", "nothing"]
     assert spec["features"] == {"numeric": 3, "categorical": 1, "text": 2, "date": 1}
     assert (spec["categorical"], spec["cardinalities"]) == (["colour"], [4])
-    assert [n for n, role in zip(spec["numeric"], spec["numeric_role"], strict=True) if role == "missing"] == ["holes is missing"]
+    assert [n for n, role in zip(spec["numeric"], spec["numeric_role"], strict=True) if role == "missing"] == [
+        "holes is missing"
+    ]
     assert spec["numeric_role"].count("text") <= 64
     assert json.loads(json.dumps(spec)) == spec
 
@@ -62,7 +62,9 @@ def test_numbers_are_standardised_and_missing_ones_marked(encoder):
         assert column[name].std() == pytest.approx(1, rel=1e-3)
     gone = FRAME["holes"].isna().to_numpy()
     np.testing.assert_array_equal(column["holes is missing"], gone)
-    assert np.unique(column["holes"][gone]) == pytest.approx((FRAME["holes"].median() - FRAME["holes"].mean()) / FRAME["holes"].std(ddof=0), rel=1e-3)
+    assert np.unique(column["holes"][gone]) == pytest.approx(
+        (FRAME["holes"].median() - FRAME["holes"].mean()) / FRAME["holes"].std(ddof=0), rel=1e-3
+    )
     # standardising is affine and increasing: the order of values survives
     assert (np.argsort(column["size"]) == np.argsort(FRAME["size"])).all()
 
@@ -77,7 +79,9 @@ def test_codes_name_the_classes_and_zero_is_missing_or_unknown(encoder):
 
 
 def test_edges_ascend_and_common_values_get_one_each():
-    frame = pd.DataFrame({"gain": np.r_[np.zeros(900), np.arange(1, 101)], "plain": np.random.default_rng(0).normal(size=1000)})
+    frame = pd.DataFrame(
+        {"gain": np.r_[np.zeros(900), np.arange(1, 101)], "plain": np.random.default_rng(0).normal(size=1000)}
+    )
     encoder = TableEncoder().fit(frame)
     edges = dict(zip(encoder.spec["numeric"], encoder.spec["bin_edges"], strict=True))
     inputs = encoder.transform(frame).numeric
@@ -90,10 +94,9 @@ def test_edges_ascend_and_common_values_get_one_each():
     assert share.max() <= 2 * share.min()
 
 
-@given(st.integers(0, 10_000))
-@settings(max_examples=3, deadline=None)
-def test_stored_and_read_back_it_encodes_the_same(tmp_path_factory, seed):
-    folder = tmp_path_factory.mktemp("encoder")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_stored_and_read_back_it_encodes_the_same(tmp_path, seed):
+    folder = tmp_path / "encoder"
     random = np.random.default_rng(seed)
     frame = table(60, seed)[random.permutation(FRAME.columns)].sample(frac=1, random_state=seed)
     first = TableEncoder().fit(frame)

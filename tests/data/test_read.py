@@ -36,7 +36,9 @@ def test_every_format_gives_the_same_table(tmp_path, suffix, packed):
     pd.testing.assert_frame_equal(read_table(write(tmp_path, suffix + packed)), TABLE)
 
 
-names = st.lists(st.text("abcxyz ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True)
+names = st.lists(
+    st.text("abcxyz ", min_size=1, max_size=5).map(str.strip).filter(bool), min_size=2, max_size=4, unique=True
+)
 
 
 @given(names=names, separator=st.sampled_from(",;\t|"), rows=st.integers(1, 9), data=st.data())

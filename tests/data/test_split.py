@@ -33,7 +33,9 @@ def parts(split):
     return split.train, split.validation, split.test
 
 
-@given(seed=st.integers(0, 10_000), n=st.integers(150, 300), how=st.sampled_from([{}, {"by": "group"}, {"by_time": "day"}]))
+@given(
+    seed=st.integers(0, 10_000), n=st.integers(150, 300), how=st.sampled_from([{}, {"by": "group"}, {"by_time": "day"}])
+)
 @settings(max_examples=40)
 def test_the_parts_are_disjoint_and_whole(seed, n, how):
     frame = table(n, seed % 7)
@@ -123,7 +125,9 @@ def test_what_is_refused(options, sentence):
 
 def test_a_part_without_what_a_task_needs_is_named():
     frame = pd.DataFrame({"y": ["a"] * 80 + ["b"] * 20, "z": np.r_[np.arange(80) / 3, [np.nan] * 20], "t": range(100)})
-    with pytest.raises(InputError, match="training part has labels of one value only of the target 'y': choose other fractions"):
+    with pytest.raises(
+        InputError, match="training part has labels of one value only of the target 'y': choose other fractions"
+    ):
         split_rows(frame, infer_tasks(frame, ["y"]), by_time="t")
     frame["y"] = ["a", "b"] * 50
     with pytest.raises(InputError, match="test part has no label of the target 'z'"):
@@ -135,10 +139,14 @@ def test_a_part_without_what_a_task_needs_is_named():
 
 def test_multilabel_targets_are_stratified():
     random = np.random.default_rng(0)
-    frame = pd.DataFrame({"y": [";".join(np.array(["a", "b", "c"])[random.random(3) < [0.5, 0.2, 0.03]]) for _ in range(500)]})
+    frame = pd.DataFrame(
+        {"y": [";".join(np.array(["a", "b", "c"])[random.random(3) < [0.5, 0.2, 0.03]]) for _ in range(500)]}
+    )
     split = split_rows(frame, infer_tasks(frame, ["y"], {"y": "multilabel"}))
     with_c = frame["y"].str.contains("c")
-    assert [int(with_c.iloc[p].sum()) for p in parts(split)] == pytest.approx([0.6 * with_c.sum(), 0.2 * with_c.sum(), 0.2 * with_c.sum()], abs=1.5)
+    assert [int(with_c.iloc[p].sum()) for p in parts(split)] == pytest.approx(
+        [0.6 * with_c.sum(), 0.2 * with_c.sum(), 0.2 * with_c.sum()], abs=1.5
+    )
 
 
 def test_real_rows(shared_data):

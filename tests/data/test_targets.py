@@ -68,7 +68,9 @@ def test_classes_of_any_form_encode_alike(codes, missing, form):
     task, labels = one(column)
     assert labels.dtype == np.int64
     assert labels.tolist() == np.where(gone, -1, codes).tolist()
-    assert [task.classes[i] for i in labels if i >= 0] == [v for v, g in zip(names if form in ("text", "category") else codes, gone) if not g]
+    assert [task.classes[i] for i in labels if i >= 0] == [
+        v for v, g in zip(names if form in ("text", "category") else codes, gone) if not g
+    ]
     assert Tasks.from_json(json.loads(json.dumps(Tasks([task]).to_json())))["y"].classes == task.classes
 
 
@@ -182,7 +184,9 @@ def test_real_targets(shared_data):
     assert tasks["Rating"].classes == (1, 2, 3, 4, 5)
     labels = encode_targets(reviews, tasks)
     assert (labels["Department Name"] < 0).sum() == reviews["Department Name"].isna().sum() > 0
-    assert tasks["Positive Feedback Count"].kind.mean == pytest.approx(reviews["Positive Feedback Count"].mean(), rel=1e-6)
+    assert tasks["Positive Feedback Count"].kind.mean == pytest.approx(
+        reviews["Positive Feedback Count"].mean(), rel=1e-6
+    )
     students = read_table(shared_data / "student_performance" / "student-mat.csv")
     kinds = {n: t.kind.name for n, t in infer_tasks(students, ["G3", "absences", "romantic", "studytime"]).items()}
     assert kinds == {"G3": "regression", "absences": "count", "romantic": "binary", "studytime": "multiclass"}

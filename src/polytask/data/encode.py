@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polytask.data.targets import plain
-from polytask.data.vectorizer import CATEGORY, DATE, NUMBER, TEXT, dump, make_vectorizer, parse, restore, roles_of
+from polytask.data.vectorizer import CATEGORY, DATE, NUMBER, TEXT, dump, make_vectorizer, parse, restore, roles_of, slim
 from polytask.errors import InputError, StorageError
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class TableEncoder:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             self._vectorizer.fit(frame)
+        slim(self._vectorizer)
         self._roles = roles_of(self._vectorizer)
         encoded = self._vectorized(frame)
         self._categories = [_fit_category(c, encoded[c]) for c, role in self._roles.items() if role == CATEGORY]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ class NumbersOnly:
         varying = [c for c in frame.columns if frame[c].nunique(dropna=False) > 1]
         self.input_to_outputs_ = {c: [c] for c in varying}
         self.kind_to_columns_ = {"numeric": varying}
+        self.all_processing_steps_: dict[str, list[Any]] = {c: [] for c in varying}
         return self
 
     def transform(self, frame: pd.DataFrame) -> pd.DataFrame:
@@ -93,6 +95,15 @@ def make_vectorizer(frame: pd.DataFrame, most_categories: int) -> tuple[pd.DataF
         drop_null_fraction=1.0,
     )
     return frame, vectorizer
+
+
+def slim(vectorizer: Any) -> None:
+    """Drop from a fitted vectorizer the copies of the vocabularies that only fitting reads: they would make up most of its file."""
+    vectorizer.specific_transformers = ()
+    for steps in vectorizer.all_processing_steps_.values():
+        for step in steps:
+            if hasattr(step, "vocabulary"):
+                step.vocabulary = step.vectorizer_.vocabulary = None
 
 
 def roles_of(vectorizer: Any) -> dict[str, str]:
@@ -179,7 +190,7 @@ def dump(vectorizer: Any) -> bytes:
     """
     import skops.io
 
-    content: bytes = skops.io.dumps(vectorizer)
+    content: bytes = skops.io.dumps(vectorizer, compression=zipfile.ZIP_DEFLATED)
     _trusted(skops.io.get_untrusted_types(data=content), "the encoder")
     return content
 

@@ -168,9 +168,9 @@ def tabular_model(
     *,
     width: int = 192,
     depth: int = 2,
-    dropout: float = 0.2,
+    dropout: float = 0.3,
     numeric: Encoding = "piecewise_linear",
-    blocks: Blocks = "resnet",
+    blocks: Blocks = "mlp",
     head: Head = "linear",
     seed: int = 0,
 ) -> TabularModel:
@@ -183,7 +183,7 @@ def tabular_model(
         depth: how many blocks.
         dropout: the share of activations dropped inside each block, in [0, 1).
         numeric: how numbers are encoded.
-        blocks: residual blocks with layer normalisation, or a plain multi-layer perceptron.
+        blocks: a plain multi-layer perceptron, or residual blocks with layer normalisation.
         head: a linear map of the representation, or one with a hidden layer of a quarter of the width.
         seed: of the initial weights; the global random state is left as it was.
 
@@ -192,6 +192,9 @@ def tabular_model(
 
     Raises:
         InputError: an option outside its range, or a spec without any column.
+
+    The defaults were chosen on census, school and health tables of 400 to 33,000 rows for AdamW with learning rate 1e-3, weight decay
+    1e-2 and batches of 256: a plain perceptron with linear heads did no worse there than residual blocks, at half the time a step.
     """
     _check(spec, width=width, depth=depth, dropout=dropout, numeric=numeric, blocks=blocks, head=head)
     options = {
