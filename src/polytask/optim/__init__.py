@@ -1,1 +1,5 @@
 """Optimizers that know of tasks."""
+
+from polytask.optim.metric_aware_adam import MAdam, MetricAwareAdam
+
+__all__ = ["MAdam", "MetricAwareAdam"]
