@@ -33,7 +33,7 @@ class TrainConfig:
         precision: ``no`` (float32), ``bf16`` or ``fp16`` autocast; the gradient scaler of ``fp16`` is one for all tasks.
         level: where per-task gradients are taken: ``auto``, ``representation`` or ``exact`` (:func:`polytask.backward`).
         seed: of every random number of the run: order of rows, dropout, the balancer's own.
-        norms_every: steps between looks at the gradient norms where the method does not need them.
+        norms_every: steps between looks at the gradient norms where the method does not need them; the first step of an epoch has one.
         observe_every: epochs between diagnoses of interference (:mod:`polytask.training.diagnosis`); 0 makes none.
         checkpoint_every: steps between checkpoints within an epoch; 0 writes them at the ends of epochs only.
         device: ``auto`` (what accelerate finds), ``cpu``, ``cuda`` or ``mps``.

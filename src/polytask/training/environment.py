@@ -26,16 +26,17 @@ def own_generators(seed: int) -> Iterator[None]:
     from torch.utils import deterministic
 
     settings: Any = deterministic
-    before, strict = generator_states(), torch.are_deterministic_algorithms_enabled()
-    warn_only, fill = torch.is_deterministic_algorithms_warn_only_enabled(), settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before, fill = generator_states(), settings.fill_uninitialized_memory
+    mode = torch.get_deterministic_debug_mode()
+    # unlike use_deterministic_algorithms this does not import the compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
     settings.fill_uninitialized_memory = False  # costs time and changes no result
     set_seed(seed)
     try:
         yield
     finally:
         restore_generators(before)
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        torch.set_deterministic_debug_mode(mode)
         settings.fill_uninitialized_memory = fill
 
 

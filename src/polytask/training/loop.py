@@ -237,7 +237,7 @@ class _Loop:
         skipped = state.enter_epoch()
         for pieces in self.batches.epoch(state.epoch, state.step_in_epoch, skipped):
             self.set_rates()
-            state.count(self.step(pieces, state.steps))
+            state.count(self.step(pieces, state.step_in_epoch))
             self.display.show(state)
             if interruption.asked:
                 return

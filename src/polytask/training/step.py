@@ -63,9 +63,12 @@ class Stepper:
         self.module: MultiTaskModel = accelerator.unwrap_model(model)
         self.processes = accelerator.num_processes
         self._has_features: bool | None = None
+        # accelerate's wrapper searches the disk for a package in every step: where it adds nothing the optimizer itself is stepped
+        plain = accelerator.scaler is None and accelerator.distributed_type.name in ("NO", "MULTI_CPU", "MULTI_GPU")
+        self._update = optimizer.optimizer if plain else optimizer
 
     def __call__(self, pieces: Sequence[Batch], number: int) -> StepRecord | None:
-        """Take step ``number``; None where no row of it has a label.
+        """Take step ``number`` of an epoch, counted from 0; None where no row of it has a label.
 
         Raises:
             TrainingError: a loss or gradient that is not finite; the message names the task.
@@ -75,7 +78,7 @@ class Stepper:
             for inputs, targets in pieces
         ]
         shares = self._shares(pieces)
-        self.optimizer.zero_grad()
+        self._update.zero_grad()
         generators: list[Tensor] = []
         if (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
             losses, observation = self._accumulate(pieces, shares, generators)
@@ -84,7 +87,7 @@ class Stepper:
         if observation is None:
             return None
         self._clip()
-        self.optimizer.step()
+        self._update.step()
         if self.balancer.needs_second_evaluation:
             self._evaluate_again(pieces, shares, generators)
         C = observation.gramian
