@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polytask.data import read_table
@@ -42,6 +42,7 @@ names = st.lists(
 
 
 @given(names=names, separator=st.sampled_from(",;\t|"), rows=st.integers(1, 9), data=st.data())
+@settings(deadline=None)
 def test_the_separator_is_found(tmp_path_factory, names, separator, rows, data):
     cells = st.text('ab"' + separator, min_size=1, max_size=6).map(lambda s: "q" + s)
     frame = pd.DataFrame({n: data.draw(st.lists(cells, min_size=rows, max_size=rows)) for n in names})

@@ -36,7 +36,7 @@ def parts(split):
 @given(
     seed=st.integers(0, 10_000), n=st.integers(150, 300), how=st.sampled_from([{}, {"by": "group"}, {"by_time": "day"}])
 )
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 def test_the_parts_are_disjoint_and_whole(seed, n, how):
     frame = table(n, seed % 7)
     split = split_rows(frame, infer_tasks(frame, ["amount"]), seed=seed, **how)
@@ -50,7 +50,7 @@ def test_the_parts_are_disjoint_and_whole(seed, n, how):
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_every_class_bin_and_missing_label_is_spread_in_proportion(seed):
     split = split_rows(FRAME, TASKS, seed=seed)
     quintile = pd.qcut(FRAME["amount"], 5, labels=False)
@@ -62,7 +62,7 @@ def test_every_class_bin_and_missing_label_is_spread_in_proportion(seed):
 
 
 @given(counts=st.lists(st.integers(3, 9), min_size=2, max_size=6), seed=st.integers(0, 999))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_three_examples_are_enough_for_every_part(counts, seed):
     frame = pd.DataFrame({"y": np.repeat(list("abcdef")[: len(counts)], counts)})
     split = split_rows(frame, infer_tasks(frame, ["y"]), seed=seed)
@@ -78,7 +78,7 @@ def test_the_seed_decides():
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_no_group_is_cut_and_labels_stay_balanced(seed):
     split = split_rows(FRAME, TASKS, seed=seed, by="group")
     groups = [set(FRAME["group"].iloc[p]) for p in parts(split)]

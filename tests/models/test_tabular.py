@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polytask.data import TableEncoder, encode_targets, infer_tasks, read_table, split_rows
@@ -41,6 +41,7 @@ finite = st.floats(-1e4, 1e4, width=32)
 @given(
     st.lists(finite, min_size=2, max_size=8, unique_by=lambda v: round(v, 1)), st.lists(finite, min_size=1, max_size=20)
 )
+@settings(deadline=None)
 def test_piecewise_linear_inverts_inside_the_bins(edges, values):
     edges = sorted(edges)
     x = torch.tensor(values, dtype=torch.float32)

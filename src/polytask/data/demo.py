@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 TITLE = "RAND Health Insurance Experiment, first year"
 TEXT = (
-    "5,638 people in their first year of the RAND Health Insurance Experiment (1974-1982), which gave families insurance plans by lot; the "
-    "table is in the public domain and comes with statsmodels (Cameron and Trivedi 2005). From a person's plan, age, family, income and "
-    "health at the start, four things are learnt: visits to a doctor in the year (count), whether anything at all was spent on medicine "
-    "(binary), a physical limitation (binary) and an index of general health (regression). Labels are truly missing: the index was not "
-    "asked of young children, and where a limitation was not answered the source holds a mean, which is read as missing here. Families "
-    "share plan, doctor and habits, so no family is cut by the split; the source names no families, and people of equal site, plan, income, "
-    "schooling, family size and spending limit are taken as one. It was chosen over statsmodels' other tables, which have too few rows (ANES "
-    "1996: 944) or no second target that follows from the rest (Fair), and over all five years, whose health answers only repeat the first."
+    "5,638 people in their first year of the RAND Health Insurance Experiment (1974-1982), which gave families insurance plans by lot; "
+    "the table is in the public domain and comes with statsmodels (Cameron and Trivedi 2005). From plan, age, family, income and health "
+    "at the start, four things are learnt: visits to a doctor in the year (count), whether anything was spent on medical care (binary), "
+    "a physical limitation (binary) and an index of general health (regression). Labels are truly missing: one of the six sites has no "
+    "health index at all, and where a limitation is unknown the source holds a mean, which is read as missing here. Families share plan, "
+    "doctor and habits, so no family is cut by the split; the source names no families, and people of equal site, plan, income, "
+    "schooling, family size and spending limit are taken as one. Of statsmodels' other tables, ANES 1996 (944 rows) and Fair's survey "
+    "hardly predict the targets one would choose from the rest; the later years of this one repeat the health answers of the first."
 )
 FEATURES = {
     "coins": "coinsurance_percent",

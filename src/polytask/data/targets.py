@@ -203,7 +203,7 @@ def _task(name: str, column: pd.Series[Any], kind: str | None) -> Task:
             ", or give the target another kind" if numbers is not None else ""
         )
         raise InputError(
-            f"the target {name!r} has only {counts[rare]} example{'s' * int(counts[rare] > 1)} of class {names[rare]!r}, too few to appear in "
+            f"the target {name!r} has only {counts[rare]} example{'s' * int(counts[rare] > 1)} of class {names[rare]!r}, too few for "
             f"training, validation and test: {advice}"
         )
     return Task(name, _class_kind(name, kind, len(names)), classes=tuple(names))
@@ -326,7 +326,7 @@ def _multilabel(name: str, known: pd.Series[Any]) -> Task:
             )
         if with_it < FEWEST_EXAMPLES:
             raise InputError(
-                f"the target {name!r} has only {with_it} example{'s' * int(with_it > 1)} of the label {label!r}, too few to appear in training, "
+                f"the target {name!r} has only {with_it} example{'s' * int(with_it > 1)} of the label {label!r}, too few for training, "
                 f"validation and test: leave it out or merge it with another"
             )
     return Task(name, Multilabel(len(labels)), classes=tuple(labels))
