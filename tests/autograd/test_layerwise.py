@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from polytask.autograd import gramian, jacobian, layerwise_gramian
+from polytask.autograd.layerwise import streaming_pays
 
 
 class Affine(nn.Module):
@@ -122,3 +123,11 @@ def test_gradients_that_nearly_cancel_over_examples_are_not_taken_from_the_produ
     reference = gramian(J)
     norms = reference.diagonal().sqrt()
     assert ((C - reference).abs() <= 1e-3 * torch.outer(norms, norms)).all()
+
+
+@pytest.mark.parametrize(("width", "examples", "pays"), [(512, 16, True), (16, 512, False)])
+def test_streaming_is_chosen_where_layers_are_wide_and_examples_few(width, examples, pays):
+    trunk = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    z = trunk(torch.randn(examples, width))
+    losses = [(z * k).sin().mean() for k in range(1, 4)]
+    assert streaming_pays(losses, list(trunk.parameters())) is pays

@@ -55,6 +55,26 @@ def layerwise_gramian(
         return walk.run()
 
 
+def streaming_pays(losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor]) -> bool:
+    """Whether most parameters sit in linear layers whose weight gradients need not be formed, at a third of the cost or less.
+
+    Args:
+        losses: K scalars with graph.
+        parameters: the tensors differentiated with respect to.
+
+    Returns:
+        A rule of shapes alone: the same model and batch size give the same answer on every machine. Cost: one visit a node.
+    """
+    sizes = {id(p): p.numel() for p in parameters}
+    walk = _Walk(losses, set(sizes))
+    covered = 0
+    for node, needed in walk.needed.items():
+        linear = _Linear.match(node, walk.wanted, walk.readers) if needed else None
+        if linear is not None and 3 * linear.product_cost(walk.K) <= linear.direct_cost(walk.K):
+            covered += linear.X.shape[1] * linear.outputs
+    return 2 * covered > sum(sizes.values())
+
+
 class _Walk:
     def __init__(self, losses: Sequence[Tensor], wanted: set[int]) -> None:
         self.wanted = wanted
@@ -176,7 +196,8 @@ class _Linear:
 
     def __init__(self, node: Any, bias: bool) -> None:
         self.X: Tensor = node._saved_mat1 if bias else node._saved_self
-        self.WT: Tensor = node._saved_mat2
+        self.WT: Tensor | None = node._saved_mat2  # None where the input needs no gradient
+        self.outputs: int = node._input_metadata[0].shape[1]
         self.place = 1 if bias else 0
         self.node, self.bias = node, bias
         self.consumed = (node.next_functions[self.place + 1][0],)
@@ -207,14 +228,24 @@ class _Linear:
         if self.bias:
             found.append((0, _scatter(present, D.sum(1), walk.K)))
         below = self.node.next_functions[self.place][0]
-        if below is not None and walk.needed[below]:
+        if below is not None and walk.needed[below] and self.WT is not None:
             found.append((self.place, _scatter(present, D @ self.WT.T, walk.K)))
         return found
 
+    def direct_cost(self, K: int) -> int:
+        """Multiplications to form K weight gradients and their inner products."""
+        (N, i), o = self.X.shape, self.outputs
+        return K * N * i * o + K * K * i * o
+
+    def product_cost(self, K: int) -> int:
+        """Multiplications to get the same inner products from X and the cotangents."""
+        (N, i), o = self.X.shape, self.outputs
+        return N * N * i + K * N * N * o + K * K * N * o
+
     def _weight_gramian(self, D: Float[Tensor, "tasks examples outputs"]) -> Float[Tensor, "tasks tasks"]:
-        K, N, o = D.shape
+        K, _, o = D.shape
         i = self.X.shape[1]
-        if N * N * i + K * N * N * o + K * K * N * o < K * N * i * o + K * K * i * o:
+        if self.product_cost(K) < self.direct_cost(K):
             flat = D.reshape(K, -1)
             C = ((self.X @ self.X.T) @ D).reshape(K, -1).double() @ flat.double().T
             bound = SURVIVING * self.X.double().square().sum() * flat.double().square().sum(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from polytask.autograd import DenseGradients, FanOut, TaskGradients, gramian, jacobian, layerwise_gramian, leaves
 from polytask.autograd.fan_out import Select
-from polytask.autograd.layerwise import UnsupportedGraphError
+from polytask.autograd.layerwise import UnsupportedGraphError, streaming_pays
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
 from polytask.errors import InputError, TrainingError
 
@@ -64,7 +64,8 @@ def backward(
         TrainingError: a loss or a task's gradient that is not finite; the message names the task.
 
     Cost: one backward pass for loss weightings and at representation level. At exact level K passes and K x P numbers; where those
-    would exceed 256 MiB, Gramian methods take one pass more and never hold them.
+    would exceed 256 MiB, or wide linear layers meet few examples, Gramian methods take their Gramian layer by layer instead: K passes
+    that form no weight gradients where inner products are cheaper without, and one pass of the weighted losses.
     """
     named = _named(losses)
     if isinstance(balancer, str):
@@ -263,7 +264,7 @@ def _exact(
         torch.stack(scaled).sum().backward()  # type: ignore[no-untyped-call]
         return Observation(tuple(names), values, torch.ones_like(values), None, "exact")
     n_bytes = len(losses) * sum(p.numel() * p.element_size() for p in parameters)
-    if isinstance(balancer, GramianWeighting) and n_bytes > STREAM_ABOVE:
+    if isinstance(balancer, GramianWeighting) and (n_bytes > STREAM_ABOVE or streaming_pays(losses, parameters)):
         try:
             return _exact_streamed(balancer, names, losses, scaled, parameters, own, scale)
         except UnsupportedGraphError as error:
