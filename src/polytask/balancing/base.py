@@ -215,12 +215,12 @@ class GramianWeighting(Balancer):
     Attributes:
         degree: r such that w(cC) = c^r w(C); the base class solves at mean squared norm 1 and applies it, which makes every
             tolerance inside ``solve`` relative.
-        scale: the mean squared gradient norm that C was divided by, for a ``solve`` that compares norms between steps.
+        mean_square: the mean squared gradient norm that C was divided by, for a ``solve`` that compares norms between steps.
     """
 
     needs = "gramian"
     degree: float = 0.0
-    scale: float = 1.0
+    mean_square: float = 1.0
 
     @abstractmethod
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:
@@ -259,11 +259,11 @@ class GramianWeighting(Balancer):
         if not nonzero.any():
             return w + self.p
         everyone, kept = self.active, np.flatnonzero(nonzero)
-        self.scale = float(np.diag(C)[kept].mean())
+        self.mean_square = float(np.diag(C)[kept].mean())
         self.active = everyone[kept]
         try:
-            solved = self.solve(C[np.ix_(kept, kept)] / self.scale, None if losses is None else losses[kept])
-            w[kept] = solved * self.scale**self.degree
+            solved = self.solve(C[np.ix_(kept, kept)] / self.mean_square, None if losses is None else losses[kept])
+            w[kept] = solved * self.mean_square**self.degree
         finally:
             self.active = everyone
         return w
