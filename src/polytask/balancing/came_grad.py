@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import numpy as np
@@ -19,6 +20,7 @@ from polytask.registry import register
     needs="gramian",
     aliases=("CAME", "CAMEGrad"),
     invariances=("permutation", "scale"),
+    exempt={"preference_length": "the paper's task weights are used as given, so their size counts"},
 )
 class CAMEGrad(GramianWeighting):
     r"""Turn the mean gradient away from conflict, give it the energy that conflict took, and blend it with the weighted sum.
@@ -82,4 +84,4 @@ class CAMEGrad(GramianWeighting):
 
 def _norm(coefficients: Vector, C: Matrix) -> float:
     """The length of sum_i c_i g_i."""
-    return float(np.sqrt(max(coefficients @ C @ coefficients, 0.0)))
+    return math.sqrt(max(float(coefficients @ C @ coefficients), 0.0))
