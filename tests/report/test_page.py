@@ -19,6 +19,7 @@ from polytask.report import write_html
 from polytask.report.markup import VOID
 from polytask.report.numbers import plain
 from polytask.report.page import page
+from polytask.report.reading import pairs
 
 Build = Callable[..., dict[str, Any]]
 SECTIONS = {"verdict", "results", "methods", "curves", "weights", "interference", "groupings", "data", "cost", "replay"}
@@ -220,6 +221,34 @@ def test_gaps_and_unequal_lengths_in_histories_are_drawn_as_gaps(results: dict[s
     chart = next(d for d in drawings(page(results)) if d.findtext("title") == f"{name}: training loss")
     path = next(p for p in chart.iter("path") if "joint" in str(p.get("class")))
     assert str(path.get("d")).count("M") == 3
+
+
+def test_weights_are_shown_as_shares_of_their_total(results: dict[str, Any]) -> None:
+    chart = next(d for d in drawings(page(results)) if d.findtext("title") == "UPGrad: share of the total weight")
+    lines = json.loads(str(chart.get("data-chart")))["lines"]
+    runs = [h["weights"] for h in results["history"]["upgrad"].values()]
+    for line in lines:
+        wanted = [
+            sum(100 * w[line["name"]][e] / sum(v[e] for v in w.values()) for w in runs) / len(runs) for e in range(20)
+        ]
+        assert line["y"] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_fixed_weights_stand_in_words_even_without_a_history(results: dict[str, Any]) -> None:
+    results["history"]["scalarization"] = {}
+    names, percents = [t["name"] for t in results["tasks"]], (14, 21, 29, 36)  # weights 0.5, 0.75, 1 and 1.25
+    shown = ", ".join(f"{n} {p}\N{NO-BREAK SPACE}%" for n, p in zip(names, percents, strict=True))
+    assert shown in Page(page(results)).sections["weights"]
+
+
+def test_a_pair_stands_beside_the_mean_null_of_its_two_tasks(results: dict[str, Any]) -> None:
+    seen = results["interference"]
+    seen["null_conflict_rate"] = [[0.1, 0.5, 0.2, 0.2]] * len(seen["epochs"])
+    seen["conflict_rate"] = [[[0.9] * 4] * 4] * len(seen["epochs"])
+    found = next(p for p in pairs(results) if {p.first, p.second} == set(seen["tasks"][:2]))
+    assert found.null_rate == pytest.approx(0.3)
+    assert found.excess == pytest.approx(0.6)
+    assert found.epochs_above == (20, 20)
 
 
 def test_the_slider_has_the_cosines_off_the_diagonal_and_the_null_on_it(results: dict[str, Any]) -> None:

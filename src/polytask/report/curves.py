@@ -39,6 +39,8 @@ class Line:
 def over_seeds(name: str, style: str, runs: Sequence[Sequence[Any] | None]) -> Line:
     """Join the seeds of one curve; an epoch that only some seeds reached has the mean and band of those."""
     epochs = [[x for x in map(finite, values) if x is not None] for values in zip_longest(*(r or () for r in runs))]
+    while epochs and not epochs[-1]:  # a task that was learnt alone may have stopped before the others
+        epochs.pop()
     mean = [fmean(v) if v else None for v in epochs]
     if len([r for r in runs if r]) < 2:
         return Line(name, style, mean)

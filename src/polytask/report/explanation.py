@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from polytask.report.numbers import MISSING, plain, share, shortened
-from polytask.report.reading import CONFLICT, EARLIER, TESTED, Pair, Results, check, entry, pairs
+from polytask.report.reading import CONFLICT, TESTED, Pair, Results, check, entry, pairs
 from polytask.report.tables import Sheet, finding, framed
 
 MOST_TASKS, MOST_PAIRS, WIDE = 12, 12, 96
@@ -46,7 +46,7 @@ def _diagnosis(seen: Mapping[str, Any], found: Sequence[Pair], width: int) -> Gr
 
 
 def _own_sentences(found: Sequence[Pair]) -> list[str]:
-    opposed = [p for p in found if p.reading in (CONFLICT, EARLIER, TESTED)]
+    opposed = [p for p in found if p.reading in (CONFLICT, TESTED)]
     if not opposed:
         return ["No pair of tasks conflicts more often than mini-batches of one task do."]
     return [
@@ -55,12 +55,12 @@ def _own_sentences(found: Sequence[Pair]) -> list[str]:
     ]
 
 
-def _cosines(seen: Mapping[str, Any], width: int) -> Table:
+def _cosines(seen: Mapping[str, Any], width: int) -> Group:
     names, last = seen["tasks"], len(seen["epochs"]) - 1
     shown = min(len(names), MOST_TASKS, (width - 20) // 6)
     title = f"Cosine between task gradients, epoch {seen['epochs'][last]}"
     title += f", the first {shown} of {len(names)} tasks" if shown < len(names) else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1), title=title, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
     table.add_column("", no_wrap=True)
     for i in range(shown):
         table.add_column(str(i + 1), justify="right", no_wrap=True)
@@ -69,7 +69,7 @@ def _cosines(seen: Mapping[str, Any], width: int) -> Table:
         table.add_row(
             Text(f"{i + 1} {shortened(names[i], room - 3)}"), *(_cosine(seen, last, i, j) for j in range(shown))
         )
-    return table
+    return Group(Text(title, style="italic"), table)
 
 
 def _cosine(seen: Mapping[str, Any], epoch: int, i: int, j: int) -> Text:

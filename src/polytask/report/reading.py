@@ -166,7 +166,7 @@ def mean_of(values: Iterable[Any]) -> float | None:
 
 CONFLICT = Effect("conflict above the null", "▼", "lose")
 TESTED = Effect("conflict by the test", "▼", "lose")
-EARLIER = Effect("conflict in some epochs", "▼", "lose")
+EARLIER = Effect("conflict in some epochs", "●", "even")
 ALIGNED = Effect("aligned on average", "●", "even")
 NOISE = Effect("within noise", "●", "even")
 NO_NULL = Effect("no null to compare", "○", "even")

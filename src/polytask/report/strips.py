@@ -101,7 +101,8 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     power = 10.0 ** _floor_log10(rough)
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
     first = -int(-low // step)
-    return [k * step for k in range(first, int(high // step) + 1)]
+    ticks = [k * step for k in range(first, int(high // step) + 1)]
+    return ticks or nice_ticks(low, high, 2 * wanted)
 
 
 def _floor_log10(x: float) -> int:

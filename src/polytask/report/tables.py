@@ -95,7 +95,7 @@ def _verdict(results: Results) -> Panel:
     found = results["verdict"]
     lines = [Text(str(found.get("text") or "This run came to no verdict."), style="bold")]
     groups = found.get("groups") or ()
-    if len(groups) > 1:
+    if any(len(group) > 1 for group in groups) and len(groups) > 1:
         lines.append(Text("Models: " + "; ".join(" + ".join(map(str, group)) for group in groups)))
     lines += [Text(f"- {reason}") for reason in found.get("reasons") or ()]
     return framed("Verdict", *lines)

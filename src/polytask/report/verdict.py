@@ -23,7 +23,7 @@ from polytask.report.reading import (
     sentences,
 )
 
-LONGEST_NAME = 30
+LONGEST_NAME, FEW_REASONS = 30, 4
 
 
 def verdict(results: Results) -> Markup:
@@ -36,7 +36,12 @@ def verdict(results: Results) -> Markup:
         tag("p", " ".join(said[1:]), class_="lead") if said[1:] else None,
         effects(results),
         tiles(results),
-        tag("div", _together(found.get("groups") or ()), _why(found.get("reasons") or ()), class_="columns"),
+        tag(
+            "div",
+            _together(found.get("groups") or ()),
+            _why(found.get("reasons") or ()),
+            class_="columns" if len(found.get("reasons") or ()) <= FEW_REASONS else "rows",
+        ),
         id="verdict",
     )
 
