@@ -15,7 +15,7 @@ from polytask.report.strips import nice_ticks
 
 Curves = npt.NDArray[np.float64]
 
-WIDTH, LEFT, RIGHT, HEAD, FOOT, ROW = 720, 220, 30, 26, 30, 22
+WIDTH, LEFT, RIGHT, HEAD, FOOT, ROW, LEGEND = 720, 220, 30, 26, 30, 22, 240
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3", "#ccb974", "#64b5cd")
 METHOD = "#c44e52"
 STYLE = (
@@ -73,11 +73,11 @@ def _panel(results: Results, arms: Sequence[Arm], measure: Measure) -> Markup:
 def _lane(arm: Arm, values: Curves, bounds: Sequence[float], scale: _Scale, y: float) -> Markup:
     colour = METHOD if arm.role == "method" else "#444"
     mean = scale(float(values.mean()))
-    parts = [tag("text", arm.label, x=LEFT - 12, y=y + 4, text_anchor="end", fill=colour)]
+    parts = [tag("text", arm.label, x=LEFT - 12, y=y + 4, text_anchor="end", style=f"fill:{colour}")]
     if bounds:
         parts.append(tag("line", x1=scale(bounds[0]), x2=scale(bounds[1]), y1=y, y2=y, stroke=colour, stroke_width=2))
     parts.append(tag("line", x1=mean, x2=mean, y1=y - 7, y2=y + 7, stroke=colour, stroke_width=3))
-    parts += [tag("circle", cx=scale(v), cy=y, r=3.5, fill=colour, fill_opacity=0.35) for v in values.tolist()]
+    parts += [tag("circle", cx=scale(v), cy=y, r=3.5, fill=colour, fill_opacity=0.5) for v in values.tolist()]
     return join(*parts)
 
 
@@ -92,14 +92,14 @@ def lines(curves: Mapping[str, Curves], title: str, x: str, y: str) -> str:
     """
     height, top = 330, 70
     steps = max(c.shape[1] for c in curves.values())
-    across = _Scale([0, steps - 1], 64, WIDTH - 170)
+    across = _Scale([0, steps - 1], 64, WIDTH - LEGEND)
     up = _Scale(np.concatenate([c.ravel() for c in curves.values()]), height - 44, top)
     parts = [
         tag("text", y, x=16, y=54, class_="head"),
-        tag("text", x, x=(64 + WIDTH - 170) / 2, y=height - 8, text_anchor="middle", class_="tick"),
+        tag("text", x, x=(64 + WIDTH - LEGEND) / 2, y=height - 8, text_anchor="middle", class_="tick"),
     ]
     for at, label in up.ticks(5):
-        parts.append(tag("line", x1=64, x2=WIDTH - 170, y1=at, y2=at, class_="grid"))
+        parts.append(tag("line", x1=64, x2=WIDTH - LEGEND, y1=at, y2=at, class_="grid"))
         parts.append(tag("text", label, x=58, y=at + 4, text_anchor="end", class_="tick"))
     parts += [
         tag("text", label, x=at, y=height - 26, text_anchor="middle", class_="tick") for at, label in across.ticks(6)
@@ -108,9 +108,17 @@ def lines(curves: Mapping[str, Curves], title: str, x: str, y: str) -> str:
         colour = COLOURS[i % len(COLOURS)]
         parts.append(_curve(values, across, up, colour))
         parts.append(
-            tag("line", x1=WIDTH - 160, x2=WIDTH - 138, y1=top + 20 * i, y2=top + 20 * i, stroke=colour, stroke_width=3)
+            tag(
+                "line",
+                x1=WIDTH - LEGEND + 14,
+                x2=WIDTH - LEGEND + 36,
+                y1=top + 20 * i,
+                y2=top + 20 * i,
+                stroke=colour,
+                stroke_width=3,
+            )
         )
-        parts.append(tag("text", label, x=WIDTH - 132, y=top + 20 * i + 4))
+        parts.append(tag("text", label, x=WIDTH - LEGEND + 42, y=top + 20 * i + 4))
     return _page(title, height, parts)
 
 

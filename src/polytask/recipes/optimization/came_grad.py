@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +28,10 @@ class Sample:
 
     def losses(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Squared error of the regression and cross entropy of the label, of those that the model serves."""
-        charged = {"value": (F.mse_loss, self.value), "label": (F.binary_cross_entropy_with_logits, self.label)}
+        charged: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor]] = {
+            "value": (F.mse_loss, self.value),
+            "label": (F.binary_cross_entropy_with_logits, self.label),
+        }
         return {n: charge(outputs[n][:, 0], y) for n, (charge, y) in charged.items() if n in outputs}
 
 

@@ -118,7 +118,7 @@ def _step(
     if isinstance(optimizer, MetricAwareAdam):
         optimizer.backward(losses, weights=weights, shared=shared)
     else:
-        torch.autograd.backward(sum(w * loss for w, loss in zip(weights, losses, strict=True)))
+        torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
@@ -139,7 +139,8 @@ def _conditioned(arm: str, seed: int, rate: float, steps: int) -> list[float]:
     lam = torch.tensor(PREFERENCES)
     best = (100 * lam[:, :1] * a + lam[:, 1:] * b) / (100 * lam[:, :1] + lam[:, 1:])
     with torch.no_grad():
-        return ((model(codes) - best).norm(dim=1) / (a - b).norm()).tolist()
+        errors = (model(codes) - best).norm(dim=1) / (a - b).norm()
+    return [float(e) for e in errors]
 
 
 def _mixture(arm: str, seed: int, steps: int) -> list[float]:
