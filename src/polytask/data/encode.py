@@ -106,8 +106,7 @@ class TableEncoder:
             raise InputError(
                 "there are no feature columns to encode" if len(frame) else "there are no rows to fit the encoder on"
             )
-        frame = _named(frame)
-        _refuse_infinite(frame)
+        frame = check_features(frame)
         self.columns = list(frame.columns)
         frame, self._vectorizer = make_vectorizer(frame, self.most_categories)
         with warnings.catch_warnings():
@@ -226,6 +225,17 @@ class TableEncoder:
             if role != TEXT and absent.any() and not absent.all():
                 numbers.append(Number(f"{source} is missing", outputs[source][0], "missing"))
         return numbers
+
+
+def check_features(frame: pd.DataFrame) -> pd.DataFrame:
+    """The features under names of text and a new index, where they can be read at all.
+
+    Raises:
+        InputError: two columns of one name, an infinite value (the column is named).
+    """
+    frame = _named(frame)
+    _refuse_infinite(frame)
+    return frame
 
 
 def _named(frame: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from polytask.data import Split, TableEncoder, encode_targets, infer_tasks, split_rows
+from polytask.data.encode import check_features
 from polytask.data.targets import check_columns, fit_scales
 from polytask.errors import InputError
 from polytask.tasks import Tasks
@@ -66,6 +67,7 @@ class StudyTable:
         features = frame.drop(columns=[*settings.targets, *not_features(settings)])
         if not features.shape[1]:
             raise InputError("there is no feature column: every column is a target or left out")
+        check_features(features)
         clusters = None if settings.by is None else frame[settings.by].astype(str).to_numpy()
         return cls(frame, tasks, split, encode_targets(frame, tasks), features, clusters)
 
