@@ -44,7 +44,11 @@ def heat_maps(seen: Mapping[str, Any]) -> Markup:
     epochs = seen["epochs"]
     kept = thinned(len(epochs), MOST_EPOCHS)
     frames = [_cells(seen, e) for e in kept]
-    limit = max([0.1, *(abs(c) for frame in frames for row in frame for c in row if c is not None)])
+    # the null of the first epochs towers over everything: between tasks the colours are kept apart, the diagonal may saturate
+    between = [
+        c for frame in frames for i, row in enumerate(frame) for j, c in enumerate(row) if i != j and c is not None
+    ]
+    limit = max([0.1, *map(abs, between)])
     data = {"epochs": [epochs[e] for e in kept], "limit": limit, "frames": frames}
     several = len(kept) > 1
     return tag(
