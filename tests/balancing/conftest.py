@@ -66,7 +66,7 @@ def run(
     return found
 
 
-def script(tasks: int, coordinates: int = 12, steps: int = 14) -> list[tuple[Tensor, Tensor]]:
+def script(tasks: int, coordinates: int = 12, steps: int = 10) -> list[tuple[Tensor, Tensor]]:
     return [(gradients(10 + s, tasks, coordinates), losses(50 + s, tasks)) for s in range(steps)]
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from polytask.balancing import GramianWeighting, make
+from polytask.errors import InputError
 
 J1 = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 J2 = torch.tensor([[1, 2, -1, 0.5], [-2, 0.5, 1, 1], [0.3, -1, 2, -0.4]], dtype=torch.float64)
@@ -34,6 +35,13 @@ PRINTED = [
     ("pcgrad", {"order": "ascending"}, J2, [-0.21461, 2.57983, 3.05186, 1.52054], 1e-5),
     ("db_mtl", {}, J1, [0.18813, 2.45297, 2.45297], 1e-5),
     ("db_mtl", {}, J2, [-0.67267, 1.40891, 2.18218, 1.06356], 1e-5),
+    ("dualproj", {}, J1, [0.55632, 1.11092, 1.11092], 1e-3),  # the peer regularises
+    ("dualproj", {}, J2, [-0.23333, 0.5, 0.66667, 0.36667], 1e-5),
+    ("config", {}, J1, [0.15881, 2.07061, 2.07061], 1e-5),
+    ("config", {}, J2, [0.53931, 1.51163, 1.77718, 0.66202], 1e-5),
+    ("sdmgrad", {"lam": 0.3}, J1, [0, 1, 1], 1e-5),
+    ("sdmgrad", {"lam": 0.3}, J2, [0.18846, 0.48961, 0.59702, 0.21147], 1e-5),
+    ("gradvac", {"order": "ascending"}, J1, [0.5848, 3.8012, 3.8012], 1e-5),
     # printed for the mean of the aligned gradients; here they are added
     ("aligned_mtl", {}, J1, [2 * v for v in (0.21328, 0.96733, 0.96733)], 1e-5),
     ("aligned_mtl", {}, J2, [3 * v for v in (0.02626, 0.45369, 0.55568, 0.24703)], 2e-5),
@@ -81,11 +89,11 @@ def test_nash_solves_its_equation_and_has_its_length():
 def test_graddrop_expectation():
     # P is 0.6 for the first coordinate of J1: on average it passes 0.6 * 6 - 0.4 * 4
     b = make("graddrop", seed=3)
-    mean = torch.stack([b.direction(J1) for _ in range(4000)]).mean(0)
-    assert mean.tolist() == pytest.approx([2.0, 2.0, 2.0], abs=0.25)
+    mean = torch.stack([b.direction(J1) for _ in range(2000)]).mean(0)
+    assert mean.tolist() == pytest.approx([2.0, 2.0, 2.0], abs=0.35)
     b = make("graddrop", seed=4)
-    mean = torch.stack([b.direction(J2) for _ in range(4000)]).mean(0)
-    assert mean.tolist() == pytest.approx([-0.7, 1.5, 2.0, 1.1], abs=0.12)
+    mean = torch.stack([b.direction(J2) for _ in range(2000)]).mean(0)
+    assert mean.tolist() == pytest.approx([-0.7, 1.5, 2.0, 1.1], abs=0.16)
 
 
 class TestLimits:
@@ -98,6 +106,30 @@ class TestLimits:
 
     def test_fairgrad_without_fairness_is_the_sum(self):
         assert torch.allclose(make("fairgrad", alpha=1e-4).direction(J2), J2.sum(0), rtol=1e-2)
+
+    def test_sdmgrad_between_mgda_and_the_mean(self):
+        assert torch.allclose(make("sdmgrad", lam=0.0).direction(J1), make("mgda").direction(J1))
+        assert torch.allclose(make("sdmgrad", lam=1e6).direction(J1), J1.mean(0), atol=1e-5)
+
+    def test_gradvac_without_memory_is_pcgrad(self):
+        for seed in range(5):
+            vaccinated, surgical = make("gradvac", beta=0.0, seed=seed), make("pcgrad", seed=seed)
+            assert torch.allclose(vaccinated.direction(J2), surgical.direction(J2))
+
+    def test_dualproj_leaves_a_mean_without_conflict(self):
+        assert torch.allclose(make("dualproj").direction(J2), J2.mean(0))
+
+    def test_config_has_equal_cosines(self):
+        d = make("config").direction(J2)
+        cosines = J2 @ d / J2.norm(dim=1)
+        assert torch.allclose(cosines, cosines[:1].expand(3), rtol=1e-9)
+        assert float(d.norm()) == pytest.approx(float((J2 @ d / d.norm()).sum()))
+
+    def test_cr_mogm_forgets_its_start(self):
+        b = make("cr_mogm", alpha=0.5)
+        for _ in range(60):
+            d = b.direction(J2)
+        assert torch.allclose(d, make("mgda").direction(J2), atol=1e-9)
 
     def test_extreme_fairness_equalises_improvements(self):
         d = make("fairgrad", alpha=60.0).direction(J2)
@@ -126,7 +158,7 @@ class TestSmallGradients:
     """Peers with absolute thresholds lose the non-conflict guarantee, or stop altogether, when gradients are small."""
 
     @pytest.mark.parametrize("c", [1e-2, 1e-3, 1e-5, 1e-8])
-    @pytest.mark.parametrize("name", ["upgrad", "mgda", "nash_mtl", "fairgrad"])
+    @pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "nash_mtl", "fairgrad"])
     def test_no_conflict(self, name, c):
         d = make(name).direction(c * J1)
         assert float((c * J1 @ d).min()) >= -1e-12 * c * float(d.norm())
@@ -141,6 +173,131 @@ class TestSmallGradients:
         assert isinstance(b, GramianWeighting)
         d = b.direction((1e-12 * J1).to(dtype)).double() * 1e12
         assert d.tolist() == pytest.approx([0.2924, 1.9006, 1.9006], rel=0.05)
+
+
+class TestGradVac:
+    def test_raises_the_cosine_to_its_target(self):
+        b = make("gradvac", beta=0.0, order="ascending")
+        b.bind(["a", "b"])
+        b.state["rho"][:] = 0.5
+        g1, g2 = J1
+        w = b.weights(J1 @ J1.T)
+        # the first gradient ends at cosine 1/2 with the second, the second with the first
+        phi = float(g1 @ g2 / (g1.norm() * g2.norm()))
+        lift = (0.5 * math.sqrt(1 - phi**2) - phi * math.sqrt(0.75)) / math.sqrt(0.75)
+        a, c = lift * float(g1.norm() / g2.norm()), lift * float(g2.norm() / g1.norm())
+        assert w.tolist() == pytest.approx([1 + c, 1 + a])
+        for corrected, other in ((g1 + a * g2, g2), (g2 + c * g1, g1)):
+            assert float(corrected @ other / corrected.norm() / other.norm()) == pytest.approx(0.5)
+
+    def test_remembers_cosines(self):
+        b = make("gradvac", beta=0.1, order="ascending")
+        J = torch.tensor([[1.0, 0.0], [0.6, 0.8]], dtype=torch.float64)
+        b.direction(J)
+        assert b.state["rho"][0, 1] == pytest.approx(0.1 * 0.6)
+        b.direction(J)
+        assert b.state["rho"][0, 1] == pytest.approx(0.9 * 0.06 + 0.1 * 0.6)
+
+
+class TestMGDANormalization:
+    @pytest.mark.parametrize("kind", ["l2", "loss", "loss+"])
+    def test_is_mgda_of_the_normalized_gradients(self, kind):
+        values = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+        by = {"l2": J2.norm(dim=1), "loss": values, "loss+": values * J2.norm(dim=1)}[kind]
+        d = make("mgda", normalization=kind).direction(J2, values)
+        assert torch.allclose(d, make("mgda").direction(J2 / by[:, None]))
+
+
+class TestRobust:
+    def test_krum_ignores_an_outlier(self):
+        J = torch.tensor([[1.0, 0.1], [1.0, -0.1], [0.9, 0.0], [-50.0, 80.0]], dtype=torch.float64)
+        w = make("krum", outliers=1, selected=3).weights(J @ J.T)
+        assert w.tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+        # two neighbours count: the middle one is nearest to its two
+        assert make("krum", outliers=0).weights(J @ J.T).tolist() == pytest.approx([0, 0, 1, 0])
+
+    def test_trimmed_mean(self):
+        J = torch.tensor([[1.0, 9.0], [2.0, -7.0], [3.0, 1.0], [90.0, 2.0], [-5.0, 3.0]])
+        assert make("trimmed_mean").direction(J).tolist() == [2.0, 2.0]
+        assert torch.allclose(make("trimmed_mean", trim=0).direction(J), J.mean(0))
+        assert make("trimmed_mean", trim=9).direction(J).tolist() == [2.0, 2.0]
+
+
+class TestMemories:
+    values = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+
+    def test_metabalance_follows_lengths(self):
+        b = make("metabalance", main=1, relax=0.7, beta=0.9)
+        n = J2.norm(dim=1)
+        assert torch.allclose(b.weights(J2 @ J2.T), 0.7 * n[1] / n + 0.3)
+        m = 0.9 * n + 0.1 * (3 * n * torch.tensor([1.0, 2.0, 1.0]))
+        J = 3 * J2 * torch.tensor([[1.0], [2.0], [1.0]])
+        assert torch.allclose(b.weights(J @ J.T), 0.7 * m[1] / m + 0.3)
+
+    def test_metabalance_refuses_an_unknown_main_task(self):
+        with pytest.raises(InputError, match="'income' of metabalance is none of a, b"):
+            make("metabalance", main="income").bind(["a", "b"])
+
+    def test_gradnorm_balances_lengths(self):
+        """With equal pace the weighted gradients end equally long."""
+        b = make("gradnorm")
+        for _ in range(1500):
+            w = b.weights(J2 @ J2.T, self.values)
+        lengths = w * J2.norm(dim=1)
+        assert lengths.tolist() == pytest.approx([float(lengths.mean())] * 3, rel=0.03)
+        assert float(w.sum()) == pytest.approx(3)
+
+    def test_gradnorm_favours_the_slow(self):
+        b = make("gradnorm")
+        b.weights(J2 @ J2.T, self.values)
+        for _ in range(1500):
+            w = b.weights(J2 @ J2.T, self.values * torch.tensor([1.0, 0.5, 0.25]))
+        lengths = w * J2.norm(dim=1)
+        pace = torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64)
+        target = lengths.mean() * (pace / pace.mean()) ** 1.5
+        # the targets do not sum to the lengths: what can be balanced is their order
+        assert float(lengths[0]) > float(lengths[1]) > float(lengths[2])
+        assert float((lengths - target).abs().sum()) < 0.5 * float(lengths.sum())
+
+    def test_imtl_scales_then_projects(self):
+        b = make("imtl")
+        first = b.weights(J2 @ J2.T, self.values)
+        assert torch.allclose(first, make("imtl_g").weights(J2 @ J2.T))
+        for _ in range(800):
+            w = b.weights(J2 @ J2.T, self.values)
+        scaled = J2 / self.values[:, None]
+        expected = make("imtl_g").weights(scaled @ scaled.T) / self.values
+        assert torch.allclose(w, expected, rtol=1e-2)
+
+    def test_moco_first_step(self):
+        unit = J2 / J2.norm(dim=1, keepdim=True) * self.values[:, None]
+        Y = 0.5 * unit
+        w = torch.full((3,), 1 / 3, dtype=torch.float64)
+        w = w - 0.1 * (Y @ Y.T @ w)
+        w = w + (1 - w.sum()) / 3  # the projection, as long as nothing turns negative
+        assert torch.allclose(make("moco").direction(J2, self.values), w @ Y)
+
+    def test_moco_settles_on_mgda(self):
+        b = make("moco", beta=1.0, gamma=5.0)
+        for _ in range(3000):
+            d = b.direction(J2, J2.norm(dim=1))
+        assert torch.allclose(d, make("mgda").direction(J2), atol=1e-3)
+
+    def test_excess_mtl_second_step(self):
+        b = make("excess_mtl", eta=0.5)
+        assert torch.allclose(b.direction(J2), J2.sum(0))
+        first = J2.abs().sum(1)
+        J = J2 * torch.tensor([[1.0], [2.0], [0.5]])
+        excess = (J**2 / (J2**2 + J**2).sqrt()).sum(1)
+        w = 3 * torch.softmax(0.5 * excess / first, 0)
+        assert torch.allclose(b.direction(J), w @ J, rtol=1e-6)
+
+    @pytest.mark.parametrize("name", ["moco", "excess_mtl"])
+    def test_memory_of_other_coordinates_is_refused(self, name):
+        b = make(name)
+        b.direction(J2, self.values)
+        with pytest.raises(InputError, match=r"remembers gradients of 4 coordinates and was given 2.*level='exact'"):
+            b.direction(J2[:, :2], self.values)
 
 
 def test_weights_serve_preferences():

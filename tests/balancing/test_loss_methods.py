@@ -8,8 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+import polytask
 from polytask.balancing import Balancer, LossWeighting, make
 from polytask.errors import InputError
+
+from .conftest import METHODS
 
 L = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
 
@@ -27,7 +30,10 @@ def epochs(balancer: Balancer, values: list[torch.Tensor]) -> list[list[float]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["uncertainty", "dwa", "rlw", "geometric_mean", "stch", "famo", "equal"])
+VALUE_METHODS = [m.name for m in METHODS.values() if issubclass(m.factory, LossWeighting)]
+
+
+@pytest.mark.parametrize("name", VALUE_METHODS)
 def test_reported_weights_are_the_derivatives(name):
     """What is logged as a weight is d(total)/d(loss) (LibMTL's geometric mean and STCH log something else)."""
     for warm in (0, 6):
@@ -182,6 +188,76 @@ class TestFAMO:
             w = weights(b, equal)
             b.after_step(dict(zip("abc", equal * torch.tensor([0.5, 0.9, 1.0]), strict=True)))
         assert w[0] < w[1] < w[2]
+
+
+class TestScalarizations:
+    """Values and limits of the classical scalarizations."""
+
+    p = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+
+    def value(self, name: str, losses: torch.Tensor = L, **options: object) -> float:
+        b = make(name, **options)
+        assert isinstance(b, LossWeighting)
+        b.bind(["a", "b", "c"])
+        return float(b.combine(losses)[0])
+
+    def test_tchebycheff(self):
+        assert self.value("tchebycheff") == 4.0
+        assert self.value("tchebycheff", preference=self.p.tolist()) == pytest.approx(6.0)
+        assert self.value("tchebycheff", preference=self.p.tolist(), modified=True) == pytest.approx(4 / 1.5)
+        assert self.value("tchebycheff", rho=0.1, ideal=[0.5, 1.0, 1.0]) == pytest.approx(3.0 + 0.1 * 4.0)
+
+    def test_tchebycheff_ties_share(self):
+        assert weights(make("tchebycheff"), torch.tensor([2.0, 2.0, 1.0])) == [0.5, 0.5, 0.0]
+
+    def test_p_norm(self):
+        assert self.value("p_norm", q=2.0) == pytest.approx(float(L.norm()))
+        assert self.value("p_norm", q=1.0) == pytest.approx(6.5)
+        assert self.value("p_norm", q=200.0) == pytest.approx(4.0, rel=1e-2)
+        assert weights(make("p_norm", q=50.0), L * 1e-30) == pytest.approx([0, 0, 1], abs=1e-9)
+
+    def test_pbi(self):
+        u = torch.ones(3, dtype=torch.float64) / math.sqrt(3)
+        d1 = L @ u
+        assert self.value("pbi", theta=5.0) == pytest.approx(float(d1 + 5 * (L - d1 * u).norm()))
+        on_the_ray = 3 * self.p
+        w = weights(make("pbi", preference=self.p.tolist()), on_the_ray)
+        assert w == pytest.approx((self.p / self.p.norm()).tolist())
+
+    def test_cosmos(self):
+        cosine = L.sum() / (math.sqrt(3) * L.norm())
+        assert self.value("cosmos", lam=2.0) == pytest.approx(float(L.sum() - 2 * cosine))
+
+    def test_the_ideal_point_has_one_number_a_task(self):
+        with pytest.raises(InputError, match="ideal point has 2 numbers for 3 tasks"):
+            self.value("pbi", ideal=[0.0, 1.0])
+
+
+class TestFurtherWeightings:
+    def test_uw_o_is_where_uncertainty_ends(self):
+        ends = torch.tensor([1 / (2 * v) for v in L.tolist()])
+        assert weights(make("uw_o")) == pytest.approx((ends / ends.sum()).tolist())
+
+    def test_uw_so(self):
+        assert weights(make("uw_so", temperature=2.0)) == pytest.approx(torch.softmax(1 / (2 * L), 0).tolist())
+        assert weights(make("uw_so", temperature=1e9)) == pytest.approx([1 / 3] * 3)
+
+    def test_groupdro_adds_up(self):
+        b = make("groupdro", eta=0.1)
+        weights(b)
+        assert weights(b, 2 * L) == pytest.approx((3 * torch.softmax(0.1 * 3 * L, 0)).tolist(), rel=1e-6)
+
+    def test_imtl_l_brings_losses_to_one(self):
+        b = make("imtl_l", lr=0.05)
+        for _ in range(600):
+            w = weights(b)
+        assert w == pytest.approx((1 / L).tolist(), rel=1e-3)
+
+    def test_scale_invariant_is_equal_weighting_of_logarithms(self):
+        x = torch.nn.Parameter(L.clone())
+        polytask.backward(list(x.unbind()), shared=[x], balancer=make("equal", log_losses=True))
+        assert x.grad is not None
+        assert weights(make("scale_invariant")) == pytest.approx(x.grad.tolist())
 
 
 def test_rlw_distributions():

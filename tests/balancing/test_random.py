@@ -12,17 +12,17 @@ from .conftest import gradients, losses
 ORDER = [2, 0, 1]
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "rlw", "graddrop"])
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "rlw", "graddrop"])
 def test_permutation_in_distribution(name):
     J, values = gradients(2, 3, 3), losses(2, 3)
     plain, shuffled = make(name, seed=1), make(name, seed=2)
-    a = torch.stack([plain.direction(J, values) for _ in range(1500)])
-    b = torch.stack([shuffled.direction(J[ORDER], values[ORDER]) for _ in range(1500)])
-    error = (a.var(0) / 1500 + b.var(0) / 1500).sqrt()
+    a = torch.stack([plain.direction(J, values) for _ in range(800)])
+    b = torch.stack([shuffled.direction(J[ORDER], values[ORDER]) for _ in range(800)])
+    error = (a.var(0) / 800 + b.var(0) / 800).sqrt()
     assert bool(((a.mean(0) - b.mean(0)).abs() <= 5 * error + 1e-9).all())
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "rlw", "graddrop"])
+@pytest.mark.parametrize("name", ["pcgrad", "gradvac", "rlw", "graddrop"])
 def test_seeds_differ_and_steps_differ(name):
     J, values = gradients(3, 5, 6), losses(2, 5)
     J = J - 0.8 * J.mean(0)  # gradients in conflict

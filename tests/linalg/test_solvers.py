@@ -19,6 +19,7 @@ from polytask.linalg import (
     nonnegative_qp,
     project_dual_cone,
     project_simplex,
+    simplex_qp,
 )
 
 
@@ -92,6 +93,30 @@ def test_project_simplex(v, total):
     # the nearest point: moving mass between positive coordinates changes nothing, and none should move to a zero one
     shift = v - w
     assert shift[w > 0] == pytest.approx(shift.max(), abs=1e-9 * (1 + np.abs(v).max()))
+
+
+class TestSimplexQP:
+    def test_optimality(self, many):
+        """The gradient of the objective is least, and the same, wherever w is positive."""
+        for seed, G in enumerate(many):
+            C, n = G @ G.T, np.linalg.norm(G, axis=1)
+            b = n * np.random.default_rng(seed).standard_normal(len(G)) * n.min()
+            w = simplex_qp(C, b)
+            assert w.sum() == pytest.approx(1)
+            slope = C @ w + b
+            above = (slope - slope @ w) / n
+            assert above.min() >= -1e-6 * (w @ n + n.min())
+            assert (w * n * above).max() <= 1e-6 * (w @ n + n.min()) ** 2
+
+    def test_without_linear_term_it_is_the_min_norm_point(self):
+        for seed in range(50):
+            G = vectors(seed)
+            assert simplex_qp(G @ G.T, np.zeros(len(G))) @ G == pytest.approx(min_norm_point(G @ G.T) @ G, abs=1e-9)
+
+    def test_a_large_linear_term_chooses_one(self):
+        G = vectors(7)
+        b = np.arange(len(G), 0, -1) * 1e6
+        assert simplex_qp(G @ G.T, b) == pytest.approx(np.eye(len(G))[-1])
 
 
 class TestNonnegativeQP:

@@ -5,7 +5,7 @@ from polytask.linalg.conflict_averse import conflict_averse
 from polytask.linalg.dual_cone import project_dual_cone
 from polytask.linalg.fair import fair_weights
 from polytask.linalg.scaling import correlation, definite
-from polytask.linalg.simplex import min_norm_point, project_simplex
+from polytask.linalg.simplex import min_norm_point, project_simplex, simplex_qp
 
 __all__ = [
     "conflict_averse",
@@ -16,4 +16,5 @@ __all__ = [
     "nonnegative_qp",
     "project_dual_cone",
     "project_simplex",
+    "simplex_qp",
 ]

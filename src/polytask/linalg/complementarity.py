@@ -18,8 +18,9 @@ GUESS_ROUNDS = 10
 def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     r"""Minimise :math:`\tfrac12 z^\top M z + q^\top z` over :math:`z \ge 0` for every row q of Q.
 
-    Block principal pivoting: guess which coordinates are free, solve for them, exchange every coordinate of the wrong sign. Rows for
-    which a dozen exchanges do not suffice (degenerate ones, mostly) go through Lawson and Hanson's method one by one.
+    Block principal pivoting: guess which coordinates are free, solve for them, exchange every coordinate of the wrong
+    sign. Rows for which a dozen exchanges do not suffice (degenerate ones, mostly) go through Lawson and Hanson's
+    method one by one.
 
     Args:
         M: positive definite with entries of order 1, shape (n, n).
@@ -30,7 +31,8 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
         Z, shape (problems, n), exact up to rounding: :math:`z \ge 0`, :math:`Mz + q \ge 0`, complementary.
         Cost: usually 2 to 4 linear solves a row.
 
-    Source: Júdice and Pires, Computers & Operations Research 21 (1994); Lawson and Hanson, Solving Least Squares Problems (1974).
+    Source: Júdice and Pires, Computers & Operations Research 21 (1994); Lawson and Hanson, Solving Least Squares
+    Problems (1974).
     """
     free = _guess(M, Q) if free is None else free.copy()
     Z = np.zeros_like(Q)
@@ -53,7 +55,7 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
 
 
 def _guess(M: Matrix, Q: Matrix) -> Mask:
-    """The coordinates that look free: all that one descent step raises, or, where a solve is dear, several projected ones."""
+    """The coordinates that look free after one descent step or, where a solve is dear, several projected ones."""
     if len(Q) == 1 or Q.shape[1] <= BATCHED_UP_TO:
         return np.asarray(Q < 0)
     step = 1 / float(np.linalg.eigvalsh(M)[-1])

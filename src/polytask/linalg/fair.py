@@ -37,9 +37,8 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
     Returns:
         w, shape (tasks,). Where the convex hull of the gradients holds 0 (a Pareto-stationary point) no solution
         exists: the weights of
-        the shortest vector are returned, and the log says so; so too where lengths spread so far that alpha's power of them
-        leaves the range of the numbers. Cost: usually 5 to 12 Newton steps of one K x K solve
-        each.
+        the shortest vector are returned, and the log says so; so too where lengths spread so far that alpha's power of
+        them leaves the range of the numbers. Cost: usually 5 to 12 Newton steps of one K x K solve each.
     """
     R, n = correlation(C)
     e = 1.0 / alpha
@@ -72,7 +71,7 @@ def _start(M: Matrix, q: Vector, e: float) -> Vector:
 
 
 def _newton_step(M: Matrix, q: Vector, e: float, y: Vector, residual: Vector) -> Vector:
-    # the change of variable by h^-1/2 keeps the system well conditioned where the utilities' curvatures differ by decades
+    # the change of variable by h^-1/2 keeps the system well conditioned where curvatures differ by decades
     r = 1 / np.sqrt(q * e * y ** (-e - 1))
     step = -r * np.linalg.solve(np.eye(len(q)) + M * r * r[:, None], r * residual)
     slope = float(residual @ step)

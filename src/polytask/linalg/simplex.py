@@ -46,3 +46,43 @@ def project_simplex(v: Vector, total: float = 1.0) -> Vector:
     count = np.arange(1, len(v) + 1)
     last = np.flatnonzero(descending * count > excess)[-1]
     return np.asarray(np.maximum(v - excess[last] / count[last], 0.0))
+
+
+def simplex_qp(C: Matrix, b: Vector) -> Vector:
+    r"""Minimise :math:`\tfrac12 w^\top C w + b^\top w` over the simplex.
+
+    With multiplier :math:`\tau`, :math:`w \ge 0 \perp Cw + b - \tau \ge 0`, and :math:`1^\top w` grows with
+    :math:`\tau`, linearly on each set of positive
+    coordinates: a safeguarded Newton method on :math:`\tau` ends when the set no longer changes.
+
+    Args:
+        C: inner products of non-zero vectors, shape (tasks, tasks).
+        b: linear term, shape (tasks,).
+
+    Returns:
+        w, shape (tasks,), non-negative, summing to 1. Cost: a few K x K linear solves.
+    """
+    R, n = correlation(C)
+    unit = n.min()
+    alpha, beta = unit / n, b / n / unit
+    # a multiple of (1'w)^2 is constant on the simplex, and keeps the sum from jumping where C is singular
+    M = definite(R) + np.outer(alpha, alpha)
+    low, high, tau = float((beta / alpha).min()), np.inf, float((beta / alpha).max()) + 1.0
+    y = np.zeros(len(b))
+    for _ in range(100):
+        y = nonnegative_qp(M, (beta - tau * alpha)[None], (y > 0)[None] if y.any() else None)[0]
+        support = np.flatnonzero(y > 0)
+        total = float(alpha @ y)
+        low, high = (tau, high) if total < 1 else (low, tau)
+        if abs(total - 1) <= 1e-13:
+            break
+        slope = (
+            float(alpha[support] @ np.linalg.solve(M[np.ix_(support, support)], alpha[support]))
+            if len(support)
+            else 0.0
+        )
+        tau = tau + (1 - total) / slope if slope > 0 else np.inf
+        if not low < tau < high:
+            tau = (low + high) / 2 if np.isfinite(high) else 2 * abs(low) + 1.0
+    w = y * alpha
+    return np.asarray(w / w.sum())
