@@ -30,10 +30,16 @@ from polytask.recipes import registration as registry
 from polytask.recipes.results import Row, interval
 
 
-@pytest.fixture
-def example(monkeypatch):
-    """A recipe that costs nothing, registered for one test."""
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What a test registers is forgotten after it."""
+    registry.recipes()  # the library's own are found once, before the copy
     monkeypatch.setattr(registry, "_recipes", dict(registry._recipes))
+
+
+@pytest.fixture
+def example():
+    """A recipe that costs nothing."""
     return define("toy-example")
 
 
@@ -245,7 +251,6 @@ def test_a_recipe_of_another_package_joins_through_the_entry_point(monkeypatch, 
         "        return [Check('1 of 1', results.better('b', 'a', 'loss'))]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_recipes", dict(registry._recipes))
     entry = importlib.metadata.EntryPoint("toys", "outside_recipes", "polytask.recipes")
     monkeypatch.setattr(
         importlib.metadata, "entry_points", lambda group: [entry] if group == "polytask.recipes" else []
@@ -272,7 +277,6 @@ def test_the_example_of_the_documentation_is_a_recipe(monkeypatch, tmp_path):
     code = next(block.partition("```")[0] for block in page.split("```python\n")[1:] if "@recipe(" in block)
     (tmp_path / "documented_example.py").write_text(code, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(registry, "_recipes", dict(registry._recipes))
     importlib.import_module("documented_example")
     evidence = run_recipe("small-steps", out=tmp_path / "run")
     assert evidence.holds
