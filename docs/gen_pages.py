@@ -36,15 +36,18 @@ def method_page(method: registry.Method) -> str:
         "tested to be": ", ".join(method.invariances),
         "exempt from": "; ".join(f"{test}: {reason}" for test, reason in method.exempt.items()),
     }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if value)
+    rows = [f"| {name} | {value} |" for name, value in facts.items() if value]
     source = Path(inspect.getfile(method.factory)).read_text(encoding="utf-8")
+    table = "\n".join([rows[0], "| --- | --- |", *rows[1:]])
     return f"""# {method.name}
 
-| | |
-| --- | --- |
-{rows}
+{table}
 
-{to_markdown(inspect.getdoc(method.factory) or "")}
+::: {method.factory.__module__}.{method.factory.__qualname__}
+    options:
+      members: false
+      show_bases: false
+      show_signature: false
 
 ```python
 polytask.backward(losses, balancer="{method.name}")
@@ -94,12 +97,19 @@ def command_page() -> None:
     group = typer.main.get_command(app)
     parts = ["# Command line", "", "```text", "polytask COMMAND --help", "```", ""]
     for name, command in group.commands.items():  # type: ignore[attr-defined]
-        parts += [f"## polytask {name}", "", inspect.cleandoc(command.help or ""), "", "| option | |", "| --- | --- |"]
+        parts += [
+            f"## polytask {name}",
+            "",
+            inspect.cleandoc(command.help or ""),
+            "",
+            "| option | what it does |",
+            "| --- | --- |",
+        ]
         for option in command.params:
             spelled = (
                 ", ".join(f"`{o}`" for o in option.opts)
                 if option.param_type_name == "option"
-                else f"`{option.name.upper()}`"
+                else f"`{option.metavar or option.name.upper()}`"
             )
             if "--help" not in spelled:
                 parts.append(f"| {spelled} | {(option.help or '').replace('|', chr(92) + '|')} |")
@@ -114,9 +124,17 @@ def command_page() -> None:
     write("cli.md", "\n".join(parts))
 
 
-for page, source in {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}.items():
-    write(page, (ROOT / source).read_text(encoding="utf-8"))
-write("index.md", (ROOT / "README.md").read_text(encoding="utf-8").replace("docs/", ""))
+def documents() -> None:
+    """The documents at the root of the repository, their links to one another led to their places in the site."""
+    places = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+    for source, page in places.items():
+        text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other, place in places.items():
+            text = text.replace(f"]({other})", f"]({place})")
+        write(page, text)
+
+
+documents()
 methods_pages()
 api_pages()
 command_page()
