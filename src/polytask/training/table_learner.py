@@ -25,7 +25,9 @@ from polytask.data import TableEncoder
 from polytask.errors import InputError
 from polytask.models.tabular import tabular_model
 from polytask.tasks import Tasks
-from polytask.training.loop import TaskData, TrainConfig, train
+from polytask.training.config import TrainConfig
+from polytask.training.data import TaskData
+from polytask.training.loop import train
 from polytask.training.progress import Progress
 from polytask.training.target_columns import KIND_NAMES, TargetColumns
 
@@ -197,7 +199,7 @@ class TableLearner(TransformerMixin, ClassNamePrefixFeaturesOutMixin, MultiOutpu
         check_is_fitted(self)
         tensors = self.encoder_.transform(self._table(X, reset=False)).tensors()
         tensors = {n: t.double() if t.is_floating_point() else t for n, t in tensors.items()}
-        parts = {n: t.split(rows) for n, t in tensors.items()}
+        parts = {n: torch.split(t, rows) for n, t in tensors.items()}
         return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
 
     def _table(self, X: Any, *, reset: bool, y: Any = "no_validation") -> pd.DataFrame:
@@ -209,7 +211,8 @@ class TableLearner(TransformerMixin, ClassNamePrefixFeaturesOutMixin, MultiOutpu
             validate_data(self, X, reset=reset, skip_check_array=True)
             if len(X) < (least := 2 if reset else 1):
                 raise InputError(f"X has {len(X)} rows; at least {least} are needed")
-            return X.set_axis(names, axis=1).reset_index(drop=True)
+            named: pd.DataFrame = X.set_axis(names, axis=1).reset_index(drop=True)
+            return named
         text = names is None and _holds_text(X)
         values = validate_data(
             self,

@@ -82,23 +82,24 @@ class TargetColumns:
             InputError: a column without a label, with one class or one value only, with infinite values, of a kind not allowed.
         """
         columns = as_columns(y)
-        told = dict.fromkeys(columns, kinds) if isinstance(kinds, str) else dict(kinds or {})
+        names = [str(c) for c in columns.columns]
+        told = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds or {})
         for name, kind in told.items():
             if name not in columns:
                 raise InputError(
-                    f"task_types names {name!r}, which is no column of y; its columns are {', '.join(columns)}"
+                    f"task_types names {name!r}, which is no column of y; its columns are {', '.join(names)}"
                 )
             if kind not in allowed:
                 raise InputError(f"task_types calls {name!r} {kind!r}; possible here are {', '.join(allowed)}")
         read = [
-            _read(columns[n], told.get(n) or _infer(columns[n], allowed, missing_label), missing_label) for n in columns
+            _read(columns[n], told.get(n) or _infer(columns[n], allowed, missing_label), missing_label) for n in names
         ]
         return cls(
             tasks=Tasks(task for task, _ in read),
             classes=tuple(labels for _, labels in read),
             dtypes=tuple(
                 columns[n].dtype if labels is not None else np.dtype(np.float64)
-                for n, (_, labels) in zip(columns, read, strict=True)
+                for n, (_, labels) in zip(names, read, strict=True)
             ),
             dimensions=np.asarray(y).ndim,
             named=isinstance(y, pd.DataFrame),
