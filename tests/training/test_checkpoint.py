@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_run_is_refused(diabetes, digits, tmp_path: Path
     config = TrainConfig(epochs=1, batch_size=128, device="cpu")
     arguments = (diabetes.tasks, diabetes.train, diabetes.validation)
     train(diabetes.model(), *arguments, config=config, folder=tmp_path)
-    with pytest.raises(InputError, match="was made with learning_rate 0.001, not 0.01"):
+    with pytest.raises(InputError, match=r"was made with learning_rate 0\.001, not 0\.01"):
         train(diabetes.model(), *arguments, config=config.but(learning_rate=0.01), folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="was made with the balancing method 'equal', not 'mgda'"):
         train(diabetes.model(), *arguments, balancer="mgda", config=config, folder=tmp_path, resume=True)
@@ -189,7 +189,7 @@ def test_a_checkpoint_of_another_run_is_refused(diabetes, digits, tmp_path: Path
         )
     wider = diabetes.model()
     wider.trunk[0] = torch.nn.Linear(8, 30)
-    with pytest.raises(InputError, match="holds the weights of another model: .*size mismatch"):
+    with pytest.raises(InputError, match=r"holds the weights of another model: .*size mismatch"):
         train(wider, *arguments, config=config, folder=tmp_path, resume=True)
     with pytest.raises(InputError, match="needs the folder"):
         train(diabetes.model(), *arguments, config=config, resume=True)

@@ -351,7 +351,7 @@ def test_infinite_inputs_are_told_at_exact_level_too(diabetes) -> None:
     inputs = diabetes.train.inputs.clone()
     inputs[5, 0] = float("inf")
     data = TaskData(inputs, diabetes.train.targets)
-    with pytest.raises(TrainingError, match="epoch 1, step .*: the loss of task 'progression'"):
+    with pytest.raises(TrainingError, match=r"epoch 1, step .*: the loss of task 'progression'"):
         train(diabetes.model(), diabetes.tasks, data, config=CPU.but(level="exact", accumulate=2, batch_size=16))
 
 
@@ -400,7 +400,7 @@ def test_data_that_does_not_fit_is_refused(diabetes) -> None:
         TaskData(torch.zeros(5, 2), {"sex": torch.zeros(4)})
     with pytest.raises(InputError, match="no head for the task 'pressure'"):
         train(diabetes.model(names=("progression", "sex")), diabetes.tasks, diabetes.train, config=CPU)
-    with pytest.raises(InputError, match="polytask.wrap"):
+    with pytest.raises(InputError, match=r"polytask\.wrap"):
         train(nn.Linear(8, 1), diabetes.tasks, diabetes.train, config=CPU)
     with pytest.raises(InputError, match="a batch is"):
         train(diabetes.model(), diabetes.tasks, [torch.zeros(4, 8)], config=CPU)

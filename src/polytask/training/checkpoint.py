@@ -35,8 +35,7 @@ def save_checkpoint(path: Path, tree: Any) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    shape = json.dumps(_take_apart(tree, tensors), separators=(",", ":"))
+    shape, tensors = take_apart(tree)
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +69,28 @@ def load_checkpoint(path: Path) -> Any:
             if metadata.get("format") != FORMAT:
                 raise StorageError(f"{path} is not a checkpoint of this version of polytask")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        return _put_together(json.loads(metadata["tree"]), tensors)
+        return put_together(metadata["tree"], tensors)
     except FileNotFoundError as error:
         raise StorageError(f"there is no checkpoint {path}") from error
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         if isinstance(error, StorageError):
             raise
         raise StorageError(f"the checkpoint {path} is damaged ({error})") from error
+
+
+def take_apart(tree: Any) -> tuple[str, dict[str, Tensor]]:
+    """A tree as a JSON text and the tensors it names, which any format can hold.
+
+    Raises:
+        TypeError: the tree holds something else than tensors, arrays, numbers, strings, dicts, lists and tuples.
+    """
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(_take_apart(tree, tensors), separators=(",", ":")), tensors
+
+
+def put_together(shape: str, tensors: dict[str, Tensor]) -> Any:
+    """The tree that :func:`take_apart` was given."""
+    return _put_together(json.loads(shape), tensors)
 
 
 def clear_unfinished(path: Path) -> None:
