@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -39,6 +41,17 @@ def test_linear_heads_run_as_one_product_and_others_on_copies():
     hooked(x)
     assert isinstance(hooked.features["features"], Copies)
     assert seen == [1]
+
+
+def test_a_model_can_be_copied_after_a_forward_pass():
+    m = HardSharing(nn.Linear(3, 4), {"a": nn.Linear(4, 1)})
+    before = m(torch.randn(2, 3))
+    again = copy.deepcopy(m)
+    assert m.features
+    assert not again.features
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(again(x)["a"], m(x)["a"])
+    assert before["a"].requires_grad
 
 
 class Own(nn.Module):

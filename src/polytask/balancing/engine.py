@@ -74,7 +74,8 @@ def backward(
         balancer = make(balancer)
     names = list(named)
     balancer.bind(names)
-    scale = float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+    # asking a scaler to scale is what makes a fresh one ready for unscale_ and step
+    scale = float(scaler.scale(torch.ones(()))) if scaler is not None and scaler.is_enabled() else 1.0
     # one by one: unstacking a stack would send every pass through all heads, with zeros
     each = [balancer.transform(loss if loss.ndim == 0 else loss.reshape(())) for loss in named.values()]
     stacked = torch.stack(each)

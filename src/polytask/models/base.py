@@ -25,6 +25,10 @@ class MultiTaskModel(nn.Module, ABC):
         super().__init__()
         self.features: dict[str, FanOut] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # features hold the graph of the last step, which can be neither copied nor pickled
+        return {**self.__dict__, "features": {}}
+
     @property
     @abstractmethod
     def tasks(self) -> tuple[str, ...]:

@@ -164,7 +164,7 @@ class Stepper:
     ) -> tuple[dict[str, Tensor], Observation | None]:
         """Add up the Jacobians of all micro-batches and processes and balance once, as if they were one batch."""
         scaler = self.accelerator.scaler
-        scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        scale = float(scaler.scale(torch.ones(()))) if scaler is not None else 1.0
         whole = Accumulation(self.balancer, tuple(self.tasks), self.module.shared_parameters(), scale)
         for i, piece in enumerate(pieces):
             self._remember(generators)
