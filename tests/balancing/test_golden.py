@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.optimize
 import torch
 
 from polytask.balancing import GramianWeighting, make
@@ -313,3 +314,39 @@ def test_weights_serve_preferences():
     d = make("imtl_g", preference=[1, 2, 3]).direction(J2)
     projections = J2 @ d / J2.norm(dim=1)
     assert (projections / projections[0]).tolist() == pytest.approx([1, 2, 3])
+
+
+class TestPCD:
+    def test_guarantees_progress_to_the_others(self):
+        d = make("pcd", main=1, tau=0.1).direction(J2)
+        n = J2.norm(dim=1)
+        assert float(d.norm()) == pytest.approx(float(n[1]))
+        assert float((J2 @ J2[1]).min()) < 0 < float((J2 @ d).min())
+
+    def test_solves_its_quadratic_program(self):
+        unit = (J2 / J2.norm(dim=1, keepdim=True)).numpy()
+        rows, g = unit[1:], unit[0]
+        found = scipy.optimize.minimize(
+            lambda d: ((d - g) ** 2).sum(),
+            g,
+            constraints={"type": "ineq", "fun": lambda d: rows @ d - 0.5},
+            method="SLSQP",
+            tol=1e-14,
+        )
+        d = make("pcd", tau=0.5).direction(J2)
+        expected = torch.as_tensor(found.x) / float((found.x**2).sum() ** 0.5)
+        assert torch.allclose(d / d.norm(), expected, atol=1e-6)
+
+    def test_without_conflict_the_main_gradient_stands(self):
+        J = torch.tensor([[2.0, 0.0], [1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+        assert torch.allclose(make("pcd").direction(J), J[0])
+
+    def test_constraints_that_exclude_one_another_are_dropped(self, caplog):
+        J = torch.tensor([[2.0, 0.0], [1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
+        with caplog.at_level("INFO", logger="polytask"):
+            assert torch.allclose(make("pcd", tau=0.1).direction(J), J[0])
+        assert "no direction gives every secondary task its share" in caplog.text
+
+    def test_refuses_a_preference(self):
+        with pytest.raises(InputError, match="takes no preference"):
+            make("pcd", preference=[1, 2])

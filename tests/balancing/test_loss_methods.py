@@ -37,7 +37,7 @@ VALUE_METHODS = [m.name for m in METHODS.values() if issubclass(m.factory, LossW
 def test_reported_weights_are_the_derivatives(name):
     """What is logged as a weight is d(total)/d(loss) (LibMTL's geometric mean and STCH log something else)."""
     for warm in (0, 6):
-        b = make(name, **({"warmup": 0} if name == "stch" else {}))
+        b = make(name, **({"warmup": 0} if name == "stch" else {"base_epoch": 0} if name == "igb" else {}))
         assert isinstance(b, LossWeighting)
         b.bind(["a", "b", "c"])
         for e in range(warm):
@@ -234,6 +234,13 @@ class TestScalarizations:
 
 
 class TestFurtherWeightings:
+    def test_igb_measures_by_the_base_epoch(self):
+        w = epochs(make("igb", base_epoch=1), [L, 2 * L, L * torch.tensor([1.0, 2.0, 3.0])])
+        assert w[0] == pytest.approx((1 / L).tolist())
+        assert w[1] == pytest.approx((1 / (2 * L)).tolist())
+        gap = torch.tensor([0.5, 1.0, 1.5], dtype=torch.float64)
+        assert w[2] == pytest.approx((3 * torch.softmax(gap, 0) / (L * 2 * gap)).tolist(), rel=1e-6)
+
     def test_uw_o_is_where_uncertainty_ends(self):
         ends = torch.tensor([1 / (2 * v) for v in L.tolist()])
         assert weights(make("uw_o")) == pytest.approx((ends / ends.sum()).tolist())

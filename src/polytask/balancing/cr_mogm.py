@@ -15,7 +15,7 @@ from polytask.registry import register
 @register(
     "cr_mogm",
     family="balancing",
-    paper="openreview:ScwfQ7hdwyP",
+    paper="NeurIPS 2022, On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond",
     needs="gramian",
     invariances=("permutation", "scale", "single"),
 )
