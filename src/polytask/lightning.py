@@ -202,8 +202,8 @@ class Balancing(pl.Callback):
                 "per-task gradients at exact level in several processes need polytask.lightning.MultiTaskModule; or give features="
             )
 
-        def balanced(loss: Tensor, *_: Any, **__: Any) -> None:
-            self._backward(trainer, pl_module, loss)
+        def balanced(*_: Any, **__: Any) -> None:
+            self._backward(trainer, pl_module)
 
         pl_module.backward = balanced  # type: ignore[method-assign]
 
@@ -213,7 +213,7 @@ class Balancing(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: ARG002
         self.balancer.begin_epoch()
 
-    def _backward(self, trainer: pl.Trainer, module: pl.LightningModule, loss: Tensor) -> None:
+    def _backward(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         losses: Mapping[str, Tensor] | None = getattr(module, self.losses, None)
         if not losses:
             raise InputError(
