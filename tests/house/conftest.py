@@ -18,5 +18,6 @@ def root() -> Path:
 def blocks(document: str, language: str) -> dict[str, str]:
     """The fenced code blocks of one language in a document: {title, or position where it has none: text}."""
     text = (ROOT / document).read_text(encoding="utf-8")
-    fences = re.finditer(rf"^(?P<indent> *)```{language}(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^(?P=indent)```$", text, re.M | re.S)
+    fence = r"^(?P<indent> *)```" + language + r"(?: title=\"(?P<title>[^\"]+)\")?\n(?P<code>.*?)^(?P=indent)```$"
+    fences = re.finditer(fence, text, re.M | re.S)
     return {f["title"] or str(i): re.sub(rf"^{f['indent']}", "", f["code"], flags=re.M) for i, f in enumerate(fences)}

@@ -26,13 +26,19 @@ def with_package(tmp_path: Path, root: Path) -> Run:
     installed = tmp_path / "inverse_norm-0.1.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: inverse-norm\nVersion: 0.1\n", encoding="utf-8")
-    lines = [line for group, entries in declared.items() for line in (f"[{group}]", *(f"{k} = {v}" for k, v in entries.items()))]
+    lines = [
+        line
+        for group, entries in declared.items()
+        for line in (f"[{group}]", *(f"{k} = {v}" for k, v in entries.items()))
+    ]
     (installed / "entry_points.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
         environment.pop("PYTEST_XDIST_WORKER", None)
-        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=root, env=environment, check=False)
+        return subprocess.run(
+            [sys.executable, *arguments], capture_output=True, text=True, cwd=root, env=environment, check=False
+        )
 
     return run
 
@@ -53,7 +59,9 @@ def test_the_guide_s_method_computes_what_its_formula_says(with_package: Run) ->
 
 def test_the_guide_s_method_passes_the_generated_property_tests(with_package: Run) -> None:
     generated = "tests/balancing/test_every_method.py"
-    done = with_package("-m", "pytest", generated, "-q", "-k", "inverse_norm", "-p", "no:xdist", "-p", "no:cacheprovider")
+    done = with_package(
+        "-m", "pytest", generated, "-q", "-k", "inverse_norm", "-p", "no:xdist", "-p", "no:cacheprovider"
+    )
     assert done.returncode == 0, done.stdout
     found = re.search(r"(\d+) passed", done.stdout)
     assert found is not None

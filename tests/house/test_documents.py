@@ -33,9 +33,14 @@ def test_ci_runs_the_tests_as_the_readme_says(root: Path) -> None:
 
 def test_every_direct_dependency_is_pinned_within_its_range(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [line for line in (root / "constraints.txt").read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    lines = [
+        line
+        for line in (root / "constraints.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
     pins = {name.lower(): Version(version) for name, version in (line.split("==") for line in lines)}
-    needed = [Requirement(r) for r in [*project["dependencies"], *(r for extra in project["optional-dependencies"].values() for r in extra)]]
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    needed = [Requirement(line) for line in (*project["dependencies"], *extras)]
     direct = [r for r in needed if r.name != "polytask"]
     assert len(direct) > 20
     for requirement in direct:

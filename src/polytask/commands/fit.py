@@ -159,7 +159,7 @@ def conduct(frame: pd.DataFrame, what: Sequence[str] | Path, folder: Path, as_js
     from polytask.report import write_html
     from polytask.training.study import replay, run_study
 
-    with watched(quiet=as_json) as view:
+    with watched(quiet=as_json, targets=() if isinstance(what, Path) else what) as view:
 
         def go() -> Study:
             if isinstance(what, Path):
