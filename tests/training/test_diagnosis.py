@@ -116,6 +116,6 @@ def test_the_jackknife_sees_a_difference_and_keeps_its_error_rate() -> None:
 def test_one_task_has_nothing_to_interfere_with(diabetes) -> None:
     with pytest.raises(InputError, match="at least two tasks"):
         diagnose(diabetes.model(), diabetes.train, diabetes.tasks.only(["sex"]))
+    part = diabetes.train.rows(slice(0, 20))
     with pytest.raises(InputError, match="at least two mini-batches"):
-        part = diabetes.train.rows(slice(0, 20))
         diagnose(diabetes.model(), [(part.inputs, part.targets)], diabetes.tasks)
