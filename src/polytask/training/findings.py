@@ -13,7 +13,7 @@ from polytask.metrics import Interval
 from polytask.training.jobs import Outcome
 from polytask.training.judging import Bench
 from polytask.training.protocol import EQUAL, GROUPS, SCALARIZATION, SINGLE, Method, Settings, budget_text
-from polytask.training.search import Search, best_joint, chosen_method, tuned_weights
+from polytask.training.search import Search
 from polytask.training.study_table import StudyTable
 from polytask.training.verdict import Evidence, effect, judge
 
@@ -40,8 +40,7 @@ def results_of(
         source: what the table is called.
         seconds: the study took.
     """
-    chosen = chosen_method(search)
-    joint = best_joint(search, chosen)
+    chosen, joint = search.chosen, search.joint
     costs = {m.name: [_cost(search.outcomes(m, s)) for s in settings.seeds] for m in search.methods}
     tasks = task_rows(table, bench, joint.name)
     return {
@@ -100,7 +99,7 @@ def task_rows(table: StudyTable, bench: Bench, joint: str) -> list[dict[str, Any
                 "kind": task.kind.name,
                 "classes": list(task.classes),
                 "labels": table.label_counts(name),
-                "effect": effect(differences[0], metrics[0]["higher_is_better"]),
+                "effect": effect(differences[0], task.metrics[0].higher_is_better),
                 "primary": metrics[0]["name"],
                 "metrics": metrics,
             }
@@ -139,7 +138,7 @@ def _weights(method: Method, search: Search, settings: Settings) -> dict[str, fl
     if method.name in (SINGLE, GROUPS):
         return None
     if method.name == SCALARIZATION:
-        return dict(zip(search.names, tuned_weights(search), strict=True))
+        return dict(zip(search.names, search.tuned_weights, strict=True))
     found = []
     for seed in settings.seeds:
         logged = search.outcomes(method, seed)[0].history["weights"]
@@ -182,6 +181,7 @@ def _evidence(
     primary = {t["name"]: t["metrics"][0] for t in tasks}
     return Evidence(
         chosen=chosen.name,
+        best=search.best.name,
         joint=joint.name,
         labels={m.name: m.label for m in search.methods},
         groups=[[search.names[k] for k in group] for group in chosen.groups],
@@ -215,7 +215,9 @@ def _candidates(search: Search, bench: Bench) -> list[dict[str, Any]]:
 
 def _interference(search: Search, settings: Settings) -> dict[str, Any]:
     observed = search.outcomes(search.equal, settings.seeds[0])[0].history.get("interference")
-    nothing: dict[str, Any] = {k: [] for k in ("epochs", "cosine", "null", "conflict_rate", "null_conflict_rate", "sentences")}
+    nothing: dict[str, Any] = {
+        k: [] for k in ("epochs", "cosine", "null", "conflict_rate", "null_conflict_rate", "sentences")
+    }
     return {"tasks": search.names, **nothing, **(observed or {})}
 
 

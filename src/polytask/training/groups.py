@@ -37,7 +37,7 @@ def groups_to_train(n: int, cosine: npt.NDArray[np.float64] | None) -> list[Grou
         return [g for size in range(2, n) for g in combinations(range(n), size)]
     if n <= ALL_PAIRS:
         return list(combinations(range(n), 2))
-    return sorted({g for grouping in linked(n, cosine) for g in grouping if 1 < len(g) < n})
+    return sorted({g for grouping in linked(cosine) for g in grouping if 1 < len(g) < n})
 
 
 def candidates(n: int, cosine: npt.NDArray[np.float64] | None) -> list[Grouping]:
@@ -45,10 +45,10 @@ def candidates(n: int, cosine: npt.NDArray[np.float64] | None) -> list[Grouping]
     if n <= ALL_PAIRS:
         return list(all_groupings(n))
     whole, apart = (tuple(range(n)),), tuple((k,) for k in range(n))
-    return list(dict.fromkeys([whole, *linked(n, cosine), apart]))
+    return list(dict.fromkeys([whole, *linked(cosine), apart]))
 
 
-def linked(n: int, cosine: npt.NDArray[np.float64] | None) -> list[Grouping]:
+def linked(cosine: npt.NDArray[np.float64] | None) -> list[Grouping]:
     """Two, three and four groups of tasks whose gradients point the same way; none without cosines."""
     if cosine is None:
         return []

@@ -24,8 +24,8 @@ from polytask.training.config import TrainConfig
 from polytask.training.data import TaskData
 from polytask.training.evaluation import predict_outputs
 from polytask.training.loop import Interrupted, train
-from polytask.training.state import CHECKPOINT
 from polytask.training.protocol import Job
+from polytask.training.state import CHECKPOINT
 
 Array = npt.NDArray[Any]
 Decoded = dict[str, dict[str, Array]]  # {task: {"prediction": ..., "probability": ...}}
@@ -68,6 +68,7 @@ class Outcome:
     Attributes:
         job: what was trained.
         folder: where its weights lie.
+        options: that rebuild its network.
         history: see :class:`~polytask.training.loop.TrainResult`.
         score: the best epoch's validation score.
         seconds: of training.
@@ -78,6 +79,7 @@ class Outcome:
 
     job: Job
     folder: Path
+    options: dict[str, Any]
     history: dict[str, Any]
     score: float
     seconds: float
@@ -158,6 +160,7 @@ def run_job(
         torch.set_num_threads(threads)
     per_epoch = -(-result.steps // max(len(result.history["epoch"]), 1))
     summary = {
+        "options": model.options,
         "history": result.history,
         "score": result.best_score if result.best_score is not None else float("-inf"),
         "seconds": result.seconds,
@@ -211,6 +214,7 @@ def load_outcome(job: Job, work: Path, names: Sequence[str]) -> Outcome:
     return Outcome(
         job,
         folder,
+        summary["options"],
         summary["history"],
         summary["score"],
         summary["seconds"],

@@ -150,6 +150,10 @@ class Bench:
         over_tasks, over_metrics = (interval(float(m), s) for m, s in zip(means, samples, strict=True))
         return over_tasks, over_metrics
 
+    def delta_m_samples(self, method: str, reference: str) -> Floats:
+        """Bootstrap replicates of Delta_m over tasks, shape (replicates,)."""
+        return self.columns.delta_m(self.samples[method], self.samples[reference])[0]
+
     def delta_m_difference(self, method: str, other: str, reference: str) -> Interval:
         """How much more Delta_m over tasks ``method`` has than ``other``."""
         (mean, _), (mean_other, _) = (

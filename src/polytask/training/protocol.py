@@ -243,5 +243,6 @@ def budget_text(settings: Settings, methods: int) -> str:
     seeds = "1 seed" if len(settings.seeds) == 1 else f"{len(settings.seeds)} seeds"
     return (
         f"Every training has the same network, optimizer and at most {config.epochs} epochs{stop}; every method has {seeds}; the tuned "
-        f"scalarization alone has {settings.trials} trials, on the first seed, and the {methods} balancing methods their published defaults."
+        f"scalarization alone has {settings.trials} trials, on the first seed; balancing methods ({methods}) keep their "
+        "published defaults."
     )

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from polytask.training import groups as g
 from polytask.training.jobs import Outcome, Workshop
-from polytask.training.judging import Columns, Decoded, values_of
+from polytask.training.judging import Bench, Columns, Decoded, values_of
 from polytask.training.protocol import (
     EQUAL,
     GROUPS,
+    LOG_LOSSES,
     SCALARIZATION,
     SINGLE,
     Method,
@@ -38,19 +39,23 @@ class Search:
 
     Attributes:
         methods: all methods, the simplest first, once :meth:`run` is done.
-        validation: {method: Delta_m over tasks on validation rows against the single-task references, mean over seeds}.
+        validation: {method: Delta_m over tasks on validation rows against the single-task references}.
+        best: the method that learns tasks together with the best validation score.
+        chosen: the method to recommend, single-task training included.
+        joint: what stands beside single-task training in tables: ``chosen``, or ``best`` where that is single-task training.
         groupings: [{"groups", "validation_score"}], the best first.
         how: in words, how groups were looked for.
     """
 
     def __init__(self, table: StudyTable, settings: Settings, workshop: Workshop, methods: list[Method]) -> None:
-        self.tasks, self.settings, self.workshop = table.tasks, settings, workshop
+        self.table, self.tasks, self.settings, self.workshop = table, table.tasks, settings, workshop
         self.names = list(table.tasks)
         self.columns = Columns.of(table.tasks)
         self.labels = table.labels("validation")
         self.single, self.equal = references(len(self.names))
         self.asked = methods
         self.methods: list[Method] = []
+        self.best = self.chosen = self.joint = self.single
         self.validation: dict[str, float] = {}
         self.groupings: list[dict[str, Any]] = []
         self.how = ""
@@ -68,9 +73,43 @@ class Search:
         grouped = self._grouped(first)
         rest = [job for m in (tuned, *grouped) for s in seeds for job in m.jobs(s)]
         self.workshop.do("tuned scalarization and groups on all seeds", rest)
-        self.methods = [self.single, self.equal, tuned, *self.asked, *grouped]
-        self.validation = {m.name: float(np.mean([self.score(m, s) for s in seeds])) for m in self.methods}
-        self.validation[SINGLE] = 0.0
+        self.methods = sorted([self.single, self.equal, tuned, *self.asked, *grouped], key=_complexity)
+        judged = self.bench("validation")
+        self.validation = {m.name: judged.delta_m(m.name, SINGLE)[0].mean for m in self.methods}
+        self.best, self.chosen = self._choose(judged)
+        self.joint = self.best if self.chosen is self.single else self.chosen
+
+    def bench(self, part: str) -> Bench:
+        """All methods judged on ``validation`` rows, or, once, on ``test`` rows."""
+        seeds = self.settings.seeds
+        clusters = self.table.clusters_of(part)
+        found = Bench(self.tasks, self.table.labels(part), len(seeds), clusters, self.settings.split_seed)
+        for method in self.methods:
+            found.add(method.name, [self.decoded(method, s, part) for s in seeds])
+        return found
+
+    def _choose(self, judged: Bench) -> tuple[Method, Method]:
+        """The best method that learns tasks together, and the choice.
+
+        The choice is the simplest method within one standard error of the best (Breiman et al. 1984): the best of many
+        noisy scores is too good to be true. Single-task training is chosen where none of them beats it.
+        """
+        rivals = [m for m in self.methods if m is not self.single]
+        best = max(rivals, key=lambda m: self.validation[m.name])
+        if not self.validation[best.name] > 0:
+            return best, self.single
+        for method in rivals:
+            lead = judged.delta_m_samples(best.name, SINGLE) - judged.delta_m_samples(method.name, SINGLE)
+            near = self.validation[best.name] - self.validation[method.name] <= np.nanstd(lead)
+            if near and self.validation[method.name] > 0:
+                return best, method
+        return best, best
+
+    @property
+    def tuned_weights(self) -> tuple[float, ...]:
+        """The weights of the tuned scalarization."""
+        tuned = next(m for m in self.methods if m.name == SCALARIZATION)
+        return tuple(dict(tuned.options).get("preference", (1.0,) * len(self.names)))
 
     def outcomes(self, method: Method, seed: int) -> list[Outcome]:
         """The trainings of a method, one a group."""
@@ -152,19 +191,7 @@ class Search:
         return np.asarray(np.nan_to_num(np.array(seen["cosine"], dtype=np.float64)).mean(0))
 
 
-def chosen_method(search: Search) -> Method:
-    """The method with the best validation score; the simplest of equals."""
-    return max(search.methods, key=lambda m: search.validation[m.name])
-
-
-def best_joint(search: Search, chosen: Method) -> Method:
-    """What stands beside single-task training: the choice, or where that is single-task training itself the best of the others."""
-    if chosen.name != SINGLE:
-        return chosen
-    return max((m for m in search.methods if m.name not in (SINGLE, GROUPS)), key=lambda m: search.validation[m.name])
-
-
-def tuned_weights(search: Search) -> tuple[float, ...]:
-    """The weights of the tuned scalarization."""
-    tuned = next(m for m in search.methods if m.name == SCALARIZATION)
-    return tuple(dict(tuned.options).get("preference", (1.0,) * len(search.names)))
+def _complexity(method: Method) -> int:
+    """Single-task training, then sums of losses, then methods in the order asked, then groups."""
+    order = (SINGLE, EQUAL, LOG_LOSSES, SCALARIZATION)
+    return order.index(method.name) if method.name in order else len(order) + (method.name == GROUPS)

@@ -15,10 +15,9 @@ import numpy as np
 from polytask.errors import InputError
 from polytask.training.findings import results_of
 from polytask.training.jobs import StudyProgress, Workshop, load_weights
-from polytask.training.judging import Bench
 from polytask.training.prediction import Part, Predictor, conformal_scores, save_model
 from polytask.training.prediction import predict as predict
-from polytask.training.protocol import Method, Settings, balancing_methods
+from polytask.training.protocol import Settings, balancing_methods
 from polytask.training.run_folder import (
     LOGS,
     MODEL,
@@ -30,7 +29,7 @@ from polytask.training.run_folder import (
     read_results,
     write_results,
 )
-from polytask.training.search import Search, chosen_method
+from polytask.training.search import Search
 from polytask.training.study_table import StudyTable, not_features
 
 if TYPE_CHECKING:
@@ -151,6 +150,7 @@ def replay(
     *,
     out: Path | str,
     workers: int | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     progress: Callable[[StudyProgress], None] | None = None,
 ) -> Study:
@@ -165,7 +165,7 @@ def replay(
             f"the table is not the one that {config} was made with: {then['data'].get('source') or 'its rows differ'}"
         )
     settings = Settings.from_json(then["study"])
-    return _run(frame, settings, Path(out), then["data"]["source"], workers, False, overwrite, progress)
+    return _run(frame, settings, Path(out), then["data"]["source"], workers, resume, overwrite, progress)
 
 
 def load_run(folder: Path | str) -> Study:
@@ -185,9 +185,9 @@ def _seeds(seeds: int | Sequence[int] | None, quick: bool) -> tuple[int, ...]:
 
 
 def _training(rows: int, quick: bool) -> dict[str, Any]:
-    """Settings that suit the size of the table: some 50 to 100 steps an epoch, early stopping."""
-    batch = int(2 ** np.clip(np.round(np.log2(max(rows, 1) / 80)), 5, 10))
-    return {"epochs": 15 if quick else 40, "patience": 4 if quick else 6, "batch_size": batch}
+    """Settings that suit the size of the table: some 25 steps an epoch, early stopping."""
+    batch = int(2 ** np.clip(np.round(np.log2(max(rows, 1) / 40)), 5, 10))
+    return {"epochs": 15 if quick else 40, "patience": 4 if quick else 5, "batch_size": batch}
 
 
 def _run(
@@ -214,12 +214,8 @@ def _run(
     search = Search(table, settings, workshop, methods)
     search.run()
     workshop.announce("judging on the test rows")
-    bench = Bench(
-        table.tasks, table.labels("test"), len(settings.seeds), table.clusters_of("test"), settings.split_seed
-    )
-    for method in search.methods:
-        bench.add(method.name, [search.decoded(method, s, "test") for s in settings.seeds])
-    parts, scores = final_model(search, chosen_method(search), table, settings)
+    bench = search.bench("test")
+    parts, scores = final_model(search, table, settings)
     save_model(out / MODEL, parts, table.tasks, encoder, scores, not_features(settings))
     workshop.keep_logs(out / LOGS)
     write_results(out, results_of(table, settings, search, bench, encoder.spec, source, time.perf_counter() - began))
@@ -227,16 +223,14 @@ def _run(
     return load_run(out)
 
 
-def final_model(
-    search: Search, method: Method, table: StudyTable, settings: Settings
-) -> tuple[list[Part], dict[str, Any]]:
+def final_model(search: Search, table: StudyTable, settings: Settings) -> tuple[list[Part], dict[str, Any]]:
     """The networks to keep, for each group that of the seed with the best validation score; and their conformal scores."""
     parts, scores = [], {}
     labels = table.labels("validation")
-    for i, group in enumerate(method.groups):
-        outcome = max((search.outcomes(method, s)[i] for s in settings.seeds), key=lambda o: o.score)
+    for i, group in enumerate(search.chosen.groups):
+        outcome = max((search.outcomes(search.chosen, s)[i] for s in settings.seeds), key=lambda o: o.score)
         mine = table.tasks.only([search.names[k] for k in group])
-        parts.append(Part(tuple(mine), {**settings.model, "seed": outcome.job.seed}, load_weights(outcome)))
+        parts.append(Part(tuple(mine), outcome.options, load_weights(outcome)))
         for name, task in mine.items():
             found = conformal_scores(task, labels[name], outcome.validation[name]["prediction"])
             if found is not None:

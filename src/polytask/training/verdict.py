@@ -15,8 +15,9 @@ class Evidence:
     """What the verdict may speak of.
 
     Attributes:
-        chosen: the method with the best validation score, single-task training included.
-        joint: the method whose values stand in the table beside the single-task ones: ``chosen``, or the best of the others.
+        chosen: the method to recommend, single-task training included.
+        best: the method that learns tasks together with the best validation score.
+        joint: the method whose values stand in the table beside the single-task ones: ``chosen``, or ``best``.
         labels: {method: label}.
         groups: the tasks that share a model under ``chosen``.
         validation: {method: Delta_m over tasks on validation rows}.
@@ -29,6 +30,7 @@ class Evidence:
     """
 
     chosen: str
+    best: str
     joint: str
     labels: Mapping[str, str]
     groups: Sequence[Sequence[str]]
@@ -61,43 +63,42 @@ def judge(seen: Evidence) -> dict[str, Any]:
 
 def recommendation(seen: Evidence) -> str:
     """One sentence: what to do. It rests on validation rows."""
-    label = seen.labels[seen.chosen]
     n = sum(len(g) for g in seen.groups)
     if seen.chosen == SINGLE:
-        return f"Learn the {n} targets apart: on validation rows no way of learning them together did better than single-task models."
+        return (
+            f"Learn the {n} targets apart: on validation rows no way of learning them together did better on average."
+        )
+    if seen.chosen == seen.best:
+        why = "the best score on validation rows"
+    else:
+        why = "the simplest way within one standard error of the best score on validation rows"
     if seen.chosen == GROUPS:
         together = [g for g in seen.groups if len(g) > 1]
         alone = [g[0] for g in seen.groups if len(g) == 1]
         parts = [f"{_listed(g)} together" for g in together] + [f"{_listed(alone)} apart"] * bool(alone)
-        return f"Learn {'; '.join(parts)}: this grouping had the best score on validation rows."
-    return f"Learn the {n} targets together, with {_inline(label)}: it had the best score on validation rows."
+        return f"Learn {'; '.join(parts)}: {why}."
+    return f"Learn the {n} targets together, with {_inline(seen.labels[seen.chosen])}: {why}."
 
 
 def outcome(seen: Evidence) -> str:
     """What the test rows say of it, and no more than their intervals allow."""
-    over_tasks, _ = seen.gain
-    subject = (
-        "learning together" if seen.chosen != SINGLE else f"learning together ({_inline(seen.labels[seen.joint])})"
+    gain, _ = seen.gain
+    how = f" ({_inline(seen.labels[seen.joint])})" if seen.chosen == SINGLE else ""
+    noise = "beyond noise" if gain.excludes_zero else "within noise"
+    words = {
+        "gains": ("gains", "gain"),
+        "loses": ("loses", "lose"),
+        "indifferent": ("shows no clear change", "show no clear change"),
+    }
+    parts = []
+    for what, (one, several) in words.items():
+        names = [t for t, e in seen.effects.items() if e == what]
+        if names:
+            parts.append(f"{_listed(names)} {one if len(names) == 1 else several}")
+    return (
+        f"On test rows learning together{how} is worth {_percent(gain)} on average over targets against single-task "
+        f"models, which is {noise}: {'; '.join(parts)}."
     )
-    said = f"On test rows {subject} changes the targets by {_percent(over_tasks)} on average over tasks, "
-    if not over_tasks.excludes_zero:
-        said += "which is within noise"
-    else:
-        said += "which is beyond noise"
-    parts = [
-        f"{_listed(names)} {verb if len(names) == 1 else plural}"
-        for verb, plural, names in (
-            ("gains", "gain", [t for t, e in seen.effects.items() if e == "gains"]),
-            ("loses", "lose", [t for t, e in seen.effects.items() if e == "loses"]),
-            (
-                "shows no clear change",
-                "show no clear change",
-                [t for t, e in seen.effects.items() if e == "indifferent"],
-            ),
-        )
-        if names
-    ]
-    return f"{said}: {'; '.join(parts)}."
 
 
 def reasons(seen: Evidence) -> list[str]:
@@ -169,8 +170,8 @@ def _two_averages(seen: Evidence) -> list[str]:
     if over_tasks.mean * over_metrics.mean >= 0:
         return []
     return [
-        f"The two averages disagree: {over_tasks.mean:+.2f} % over tasks, {over_metrics.mean:+.2f} % over metrics, where a target with more "
-        "metrics counts more."
+        f"The two averages disagree: {over_tasks.mean:+.2f} % over tasks, {over_metrics.mean:+.2f} % over metrics, where a "
+        "target with more metrics counts more."
     ]
 
 
