@@ -63,7 +63,7 @@ def demo(
 
     table = demo_table()
     if not as_json:
-        err().print(Text(f"{table.title}\n", style="bold").append(table.text, style="default"))
+        err().print(Text.assemble((table.title, "bold"), "\n", table.text))
     options = {"kinds": table.kinds, "by": table.groups, "source": table.title, "quick": quick, "resume": resume}
     conduct(table.frame, table.targets, folder, as_json, workers=workers, overwrite=overwrite, **options)
 

@@ -45,10 +45,9 @@ class StudyView:
         if self.state is None:
             return Text("reading the table ...")
         state, since = self.state, self.clock() - self.told
-        wide = {"no_wrap": True, "overflow": "ellipsis"}
-        columns = [
-            ("trained", {**wide, "width": 44}),
-            ("targets", {**wide, "width": 30}),
+        columns: list[str | tuple[str, dict[str, Any]]] = [
+            ("trained", {"no_wrap": True, "overflow": "ellipsis", "width": 44}),
+            ("targets", {"no_wrap": True, "overflow": "ellipsis", "width": 30}),
             "seed",
             ("after", {"justify": "right"}),
         ]
