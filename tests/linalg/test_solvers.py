@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from polytask.linalg import (
+    DOUBLE,
+    SINGLE,
     conflict_averse,
     correlation,
     fair_weights,
@@ -284,3 +286,27 @@ def test_correlation_of_many_decades():
     R, n = correlation((G * scales[:, None]) @ (G * scales[:, None]).T)
     assert pytest.approx(correlation(G @ G.T)[0], abs=1e-12) == R
     assert n == pytest.approx(np.linalg.norm(G, axis=1) * scales)
+
+
+class TestPrecision:
+    """Gradients multiplied in single precision make Gramians with eigenvalues of -1e-8 where there should be none."""
+
+    def test_rounding_of_a_lower_precision_is_outweighed(self):
+        for seed in range(40):
+            G = vectors(seed, low_rank=True)
+            exact, rounded = G @ G.T, (G.astype(np.float32) @ G.astype(np.float32).T).astype(np.float64)
+            size = np.linalg.norm(G, axis=1).max()
+            u = np.eye(len(G)) / len(G)
+            v = project_dual_cone(rounded, u, SINGLE).sum(0)
+            assert np.abs(v).max() <= 1e4
+            assert np.linalg.norm((v - project_dual_cone(exact, u).sum(0)) @ G) <= 2e-3 * size
+            w = min_norm_point(rounded, SINGLE)
+            assert np.linalg.norm((w - min_norm_point(exact)) @ G) <= 2e-3 * size
+
+    def test_full_rank_is_hardly_touched(self):
+        for seed in range(40):
+            G = vectors(seed, common=1.0)
+            C = G @ G.T
+            for solve in (min_norm_point, lambda C, p: fair_weights(C, np.ones(len(C)), 1.0, p)):
+                w, e = solve(C, SINGLE), solve(C, DOUBLE)
+                assert w @ G == pytest.approx(e @ G, rel=1e-3, abs=1e-4 * float(np.abs(e) @ np.linalg.norm(G, axis=1)))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation, Preference
+from polytask.balancing.base import (
+    Balancer,
+    GradientAggregator,
+    GramianWeighting,
+    LossWeighting,
+    Observation,
+    Preference,
+)
 from polytask.balancing.engine import backward
 from polytask.errors import InputError
 from polytask.registry import find

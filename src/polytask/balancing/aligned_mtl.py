@@ -10,8 +10,6 @@ from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vecto
 from polytask.errors import InputError
 from polytask.registry import register
 
-SINGLE_PRECISION = float(np.finfo(np.float32).eps)
-
 
 @register(
     "aligned_mtl",
@@ -28,10 +26,9 @@ class AlignedMTL(GramianWeighting):
 
     .. math:: w = \sqrt{\lambda}\; V_r \Lambda_r^{-1/2} V_r^\top p
 
-    where :math:`\lambda` is the least, median or mean of :math:`\Lambda_r`. Eigenvalues below the rounding of single
-    precision, relative to the largest,
-    count as zero: what only gradients a thousand times smaller than the rest could tell is lost, so mind the scales of
-    the losses.
+    where :math:`\lambda` is the least, median or mean of :math:`\Lambda_r`. Eigenvalues below the rounding of
+    the largest count as zero: in single precision, what only gradients a thousand times shorter than the rest could
+    tell is lost, so mind the scales of the losses.
 
     Args:
         scale: which eigenvalue all are made equal to: ``min``, ``median`` or ``rmse`` (their mean).
@@ -47,7 +44,7 @@ class AlignedMTL(GramianWeighting):
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         eigenvalues, vectors = np.linalg.eigh(C)
-        kept = eigenvalues > len(C) * SINGLE_PRECISION * eigenvalues[-1]
+        kept = eigenvalues > len(C) * self.precision * eigenvalues[-1]
         V, lam = vectors[:, kept], eigenvalues[kept]
         common = {"min": lam.min(), "median": np.median(lam), "rmse": lam.mean()}[self.scale]
         return np.asarray((V * np.sqrt(common / lam)) @ (V.T @ self.p))

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from polytask.autograd import Workspace, gramian
 from polytask.errors import InputError
+from polytask.linalg import DOUBLE, SINGLE
 
 if TYPE_CHECKING:
     from polytask.registry import Method
@@ -215,11 +216,13 @@ class GramianWeighting(Balancer):
     Attributes:
         degree: r such that w(cC) = c^r w(C); the base class solves at mean squared norm 1 and applies it, which makes every
             tolerance inside ``solve`` relative.
+        precision: relative rounding of C, that of the type in which gradients were multiplied.
         mean_square: the mean squared gradient norm that C was divided by, for a ``solve`` that compares norms between steps.
     """
 
     needs = "gramian"
     degree: float = 0.0
+    precision: float = SINGLE
     mean_square: float = 1.0
 
     @abstractmethod
@@ -227,13 +230,17 @@ class GramianWeighting(Balancer):
         """The weights, shape (tasks,), given the Gramian C of non-zero gradients with mean diagonal 1, and the losses."""
 
     def weights(
-        self, gramian: Float[Tensor, "tasks tasks"], losses: Float[Tensor, " tasks"] | None = None
+        self,
+        gramian: Float[Tensor, "tasks tasks"],
+        losses: Float[Tensor, " tasks"] | None = None,
+        precision: float | None = None,
     ) -> Float[Tensor, " tasks"]:
         """Weights w of the direction sum_i w_i g_i.
 
         Args:
             gramian: C with C_ij = <g_i, g_j>, shape (tasks, tasks).
             losses: shape (tasks,), for the methods that read them.
+            precision: relative rounding of the Gramian's entries where it is coarser than their type tells.
 
         Returns:
             Shape (tasks,), in the Gramian's dtype and device; 0 for a task whose gradient is exactly 0.
@@ -246,10 +253,11 @@ class GramianWeighting(Balancer):
         self._bind_count(len(gramian))
         C = gramian.detach().double().cpu().numpy()
         values = None if losses is None else losses.detach().double().cpu().numpy()
-        return torch.from_numpy(self.weights_of(C, values)).to(gramian)
+        return torch.from_numpy(self.weights_of(C, values, precision or _precision(gramian))).to(gramian)
 
-    def weights_of(self, C: Matrix, losses: Vector | None) -> Vector:
-        """:meth:`weights` on NumPy arrays, for the active tasks."""
+    def weights_of(self, C: Matrix, losses: Vector | None, precision: float = SINGLE) -> Vector:
+        """:meth:`weights` on NumPy arrays, for the active tasks, from gradients multiplied in single precision or the given one."""
+        self.precision = precision
         if not np.isfinite(C).all():
             bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
             names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad.tolist()
@@ -272,7 +280,13 @@ class GramianWeighting(Balancer):
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
     ) -> Float[Tensor, " coordinates"]:
         """The update direction w @ J, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates)."""
-        return self.weights(gramian(jacobian), losses).to(jacobian.dtype) @ jacobian
+        w = self.weights(gramian(jacobian), losses, _precision(jacobian))
+        return w.to(jacobian.dtype) @ jacobian
+
+
+def _precision(tensor: Tensor) -> float:
+    # half types are multiplied in single precision
+    return DOUBLE if tensor.dtype == torch.float64 else SINGLE
 
 
 class GradientAggregator(Balancer):

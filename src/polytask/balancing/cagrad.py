@@ -44,5 +44,5 @@ class CAGrad(GramianWeighting):
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         u = self.p / len(C)
-        w = u + conflict_averse(C, u, self.c)
+        w = u + conflict_averse(C, u, self.c, self.precision)
         return np.asarray(w / (1 + self.c**2)) if self.rescale else w

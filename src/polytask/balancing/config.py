@@ -8,7 +8,7 @@ from polytask.balancing.base import GramianWeighting, Matrix, Vector
 from polytask.linalg import correlation
 from polytask.registry import register
 
-RANK_TOLERANCE = 1e-9
+RANK_TOLERANCE = 1e-10
 
 
 @register(
@@ -34,7 +34,7 @@ class ConFIG(GramianWeighting):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         R, n = correlation(C)
         values, V = np.linalg.eigh(R)
-        kept = values > RANK_TOLERANCE * len(C)
+        kept = values > max(RANK_TOLERANCE, 4 * self.precision) * len(C)
         v = (V[:, kept] / values[kept]) @ (V[:, kept].T @ self.p)
         projections = R @ v
         squared = float(v @ projections)

@@ -46,6 +46,6 @@ class CRMOGM(GramianWeighting):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         before = self.state["weights"][self.active]
         share, p = before.sum(), self.p
-        w = self.alpha * before + (1 - self.alpha) * share * min_norm_point(C * p * p[:, None])
+        w = self.alpha * before + (1 - self.alpha) * share * min_norm_point(C * p * p[:, None], self.precision)
         self.state["weights"][self.active] = w
         return np.asarray(p * w / share)

@@ -26,5 +26,5 @@ class DualProj(GramianWeighting):
     """
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        w: Vector = project_dual_cone(C, (self.p / len(C))[None])[0]
+        w: Vector = project_dual_cone(C, (self.p / len(C))[None], self.precision)[0]
         return w

@@ -41,4 +41,4 @@ class FairGrad(GramianWeighting):
         self.degree = -alpha / (1 + alpha)
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        return fair_weights(C, self.p, self.alpha)
+        return fair_weights(C, self.p, self.alpha, self.precision)

@@ -38,7 +38,7 @@ class IMTLG(GramianWeighting):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         R, n = correlation(C)
         values, V = np.linalg.eigh(R)
-        kept = values > 1e-9 * len(C)
+        kept = values > max(1e-10, 4 * self.precision) * len(C)
         v = (V[:, kept] / values[kept]) @ (V[:, kept].T @ self.p) * (n.min() / n)
         total = v.sum()
         if abs(total) <= 1e-12 * np.abs(v).sum():
@@ -46,5 +46,5 @@ class IMTLG(GramianWeighting):
                 "no combination of the %d gradients has equal projections and sum 1: min-norm weights are used",
                 len(C),
             )
-            return min_norm_point(C)
+            return min_norm_point(C, self.precision)
         return np.asarray(v / total)

@@ -54,4 +54,4 @@ class MGDA(GramianWeighting):
             if losses is None:
                 raise InputError(f"mgda with normalization={self.normalization!r} divides by the losses: give losses=")
             f = f / np.maximum(losses, np.finfo(np.float64).tiny)
-        return np.asarray(f * min_norm_point(C * f * f[:, None]))
+        return np.asarray(f * min_norm_point(C * f * f[:, None], self.precision))

@@ -34,4 +34,4 @@ class NashMTL(GramianWeighting):
     degree = -0.5
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        return fair_weights(C, self.p, 1.0)
+        return fair_weights(C, self.p, 1.0, self.precision)

@@ -92,8 +92,8 @@ class PCD(GramianWeighting):
         n = np.sqrt(np.diag(G))[others]
         R = G[np.ix_(others, others)] / n / n[:, None]
         wanted = self.tau * n - G[others, first] / n  # what the main gradient leaves undone
-        y = nonnegative_qp(definite(R), -wanted[None])[0]
-        if (R @ y - wanted).min() < -FEASIBLE * max(1.0, float(np.abs(wanted).max())):
+        y = nonnegative_qp(definite(R, self.precision), -wanted[None])[0]
+        if (R @ y - wanted).min() < -max(FEASIBLE, 10 * self.precision) * max(1.0, float(np.abs(wanted).max())):
             logger.info("no direction gives every secondary task its share: the main task's gradient is used")
             return w
         v = w.copy()

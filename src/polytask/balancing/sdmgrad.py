@@ -44,5 +44,5 @@ class SDMGrad(GramianWeighting):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         p, k = self.p, len(C)
         C = C * p * p[:, None]
-        w = simplex_qp(C, self.lam * C.mean(1))
+        w = simplex_qp(C, self.lam * C.mean(1), self.precision)
         return np.asarray(p * (w + self.lam / k) / (1 + self.lam))

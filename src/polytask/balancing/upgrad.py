@@ -29,4 +29,4 @@ class UPGrad(GramianWeighting):
     """
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        return np.asarray(project_dual_cone(C, np.diag(self.p / len(C))).sum(0))
+        return np.asarray(project_dual_cone(C, np.diag(self.p / len(C)), self.precision).sum(0))

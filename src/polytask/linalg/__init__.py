@@ -4,10 +4,12 @@ from polytask.linalg.complementarity import nonnegative_qp
 from polytask.linalg.conflict_averse import conflict_averse
 from polytask.linalg.dual_cone import project_dual_cone
 from polytask.linalg.fair import fair_weights
-from polytask.linalg.scaling import correlation, definite
+from polytask.linalg.scaling import DOUBLE, SINGLE, correlation, definite, ridge
 from polytask.linalg.simplex import min_norm_point, project_simplex, simplex_qp
 
 __all__ = [
+    "DOUBLE",
+    "SINGLE",
     "conflict_averse",
     "correlation",
     "definite",
@@ -16,5 +18,6 @@ __all__ = [
     "nonnegative_qp",
     "project_dual_cone",
     "project_simplex",
+    "ridge",
     "simplex_qp",
 ]

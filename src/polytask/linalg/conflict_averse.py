@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from polytask.linalg.complementarity import nonnegative_qp
-from polytask.linalg.scaling import Matrix, Vector, correlation, definite
+from polytask.linalg.scaling import DOUBLE, Matrix, Vector, correlation, definite
 
 RELATIVE_TOLERANCE = 1e-12
 
 
-def conflict_averse(C: Matrix, u: Vector, c: float) -> Vector:
+def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -> Vector:
     r"""Coefficients of the x that maximises the least improvement :math:`\min_i \langle g_i, g_u + x\rangle` within
     :math:`\lVert x\rVert \le c \lVert g_u\rVert`.
 
@@ -24,12 +24,13 @@ def conflict_averse(C: Matrix, u: Vector, c: float) -> Vector:
         C: inner products of non-zero vectors, shape (tasks, tasks).
         u: coefficients of the centre :math:`g_u`, shape (tasks,).
         c: radius as a multiple of the centre's length, at least 0.
+        precision: relative rounding of C's entries.
 
     Returns:
         v, shape (tasks,), non-negative: the direction is :math:`\sum_i (u_i + v_i) g_i`. Cost: a few linear solves.
     """
     R, n = correlation(C)
-    M = definite(R)
+    M = definite(R, precision)
     t = u * n
     size = np.sqrt(max(float(t @ M @ t), 0.0))
     radius = c * size

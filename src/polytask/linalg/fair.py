@@ -6,7 +6,7 @@ import logging
 
 import numpy as np
 
-from polytask.linalg.scaling import Matrix, Vector, correlation
+from polytask.linalg.scaling import DOUBLE, Matrix, Vector, correlation, definite, ridge
 from polytask.linalg.simplex import min_norm_point
 
 logger = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ STATIONARY = 1e-12
 MAX_STEPS = 100
 
 
-def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
+def fair_weights(C: Matrix, p: Vector, alpha: float, precision: float = DOUBLE) -> Vector:
     r"""Solve :math:`Cw = p \circ w^{-1/\alpha}` for w > 0.
 
     This is the stationarity condition of a strictly convex problem,
@@ -33,6 +33,7 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
         C: inner products of non-zero gradients, shape (tasks, tasks).
         p: positive importance, shape (tasks,).
         alpha: fairness, positive; towards 0 the plain sum, towards infinity max-min.
+        precision: relative rounding of C's entries.
 
     Returns:
         w, shape (tasks,). Where the convex hull of the gradients holds 0 (a Pareto-stationary point) no solution
@@ -44,7 +45,7 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
     e = 1.0 / alpha
     tau = n ** (-2 * alpha / (1 + alpha))
     s = n ** ((1 - alpha) / (1 + alpha))
-    M = R * s * s[:, None]  # T C T, with diagonal q = s^2
+    M = definite(R, precision) * s * s[:, None]  # T C T, with diagonal q = s^2
     q = p * s**2
     y = _start(M, q, e)
     looked = False
@@ -53,15 +54,15 @@ def fair_weights(C: Matrix, p: Vector, alpha: float) -> Vector:
         residual = M @ y - wanted
         if not looked and y.max() > SUSPICIOUS:
             looked = True
-            u = min_norm_point(R)
-            if u @ R @ u <= STATIONARY:
+            u = min_norm_point(R, precision)
+            if u @ R @ u <= max(STATIONARY, 10 * ridge(len(C), precision)):
                 logger.info("zero lies between the %d gradients (Pareto stationary): min-norm weights are used", len(C))
-                return min_norm_point(C)
+                return min_norm_point(C, precision)
         if (np.abs(residual) <= RELATIVE_RESIDUAL * wanted + ROUNDING * (np.abs(M) @ y)).all():
             return np.asarray(tau * y)
         y = _newton_step(M, q, e, y, residual)
     logger.info("no fair weights of %d gradients found in %d steps: min-norm weights are used", len(C), MAX_STEPS)
-    return min_norm_point(C)
+    return min_norm_point(C, precision)
 
 
 def _start(M: Matrix, q: Vector, e: float) -> Vector:

@@ -8,8 +8,13 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 
-# relative to the unit diagonal of a correlation matrix: far above float64 rounding, far below any conflict that matters
-RIDGE = 1e-13
+DOUBLE = float(np.finfo(np.float64).eps)
+SINGLE = float(np.finfo(np.float32).eps)
+
+
+def ridge(tasks: int, precision: float) -> float:
+    """What added to the unit diagonal outweighs the rounding of a correlation matrix: an upper estimate of its error's norm."""
+    return max(1e-13 * tasks, 2 * precision * float(tasks) ** 0.5)
 
 
 def correlation(C: Matrix) -> tuple[Matrix, Vector]:
@@ -29,20 +34,21 @@ def correlation(C: Matrix) -> tuple[Matrix, Vector]:
     return R, n
 
 
-def definite(R: Matrix) -> Matrix:
-    """R made positive definite: a relative ridge, and negative eigenvalues (rounding of a lower precision) raised to
-    it.
+def definite(R: Matrix, precision: float = DOUBLE) -> Matrix:
+    """R made positive definite beyond doubt: a relative ridge, and negative eigenvalues raised to it.
 
     Args:
         R: symmetric with unit diagonal, shape (tasks, tasks).
+        precision: relative rounding of R's entries, that of the type in which gradients were multiplied.
 
     Returns:
         Shape (tasks, tasks). Cost: one Cholesky factorisation; an eigendecomposition where that fails.
     """
-    raised = R + RIDGE * len(R) * np.eye(len(R))
+    least = ridge(len(R), precision)
+    raised = R + least * np.eye(len(R))
     try:
         np.linalg.cholesky(raised)
     except np.linalg.LinAlgError:
         values, V = np.linalg.eigh(R)
-        raised = np.asarray((V * np.maximum(values, RIDGE * len(R))) @ V.T)
+        raised = np.asarray((V * np.maximum(values, least)) @ V.T)
     return raised

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from polytask.linalg.complementarity import nonnegative_qp
-from polytask.linalg.scaling import Matrix, Vector, correlation, definite
+from polytask.linalg.scaling import DOUBLE, Matrix, Vector, correlation, definite
 
 
-def min_norm_point(C: Matrix) -> Vector:
+def min_norm_point(C: Matrix, precision: float = DOUBLE) -> Vector:
     r"""Weights of the shortest vector in a convex hull.
 
     .. math:: w = \arg\min_{w \ge 0,\, 1^\top w = 1} w^\top C w
@@ -19,6 +19,7 @@ def min_norm_point(C: Matrix) -> Vector:
 
     Args:
         C: inner products of the vectors, shape (tasks, tasks), not all zero on the diagonal.
+        precision: relative rounding of C's entries.
 
     Returns:
         w, shape (tasks,), non-negative, summing to 1; a vector of length zero takes all weight.
@@ -31,7 +32,7 @@ def min_norm_point(C: Matrix) -> Vector:
         return np.asarray(zero / zero.sum())
     R, n = correlation(C)
     a = n.min() / n
-    y = nonnegative_qp(definite(R), -a[None])[0]
+    y = nonnegative_qp(definite(R, precision), -a[None])[0]
     w = y * a
     return np.asarray(w / w.sum())
 
@@ -48,7 +49,7 @@ def project_simplex(v: Vector, total: float = 1.0) -> Vector:
     return np.asarray(np.maximum(v - excess[last] / count[last], 0.0))
 
 
-def simplex_qp(C: Matrix, b: Vector) -> Vector:
+def simplex_qp(C: Matrix, b: Vector, precision: float = DOUBLE) -> Vector:
     r"""Minimise :math:`\tfrac12 w^\top C w + b^\top w` over the simplex.
 
     With multiplier :math:`\tau`, :math:`w \ge 0 \perp Cw + b - \tau \ge 0`, and :math:`1^\top w` grows with
@@ -58,6 +59,7 @@ def simplex_qp(C: Matrix, b: Vector) -> Vector:
     Args:
         C: inner products of non-zero vectors, shape (tasks, tasks).
         b: linear term, shape (tasks,).
+        precision: relative rounding of C's entries.
 
     Returns:
         w, shape (tasks,), non-negative, summing to 1. Cost: a few K x K linear solves.
@@ -66,7 +68,7 @@ def simplex_qp(C: Matrix, b: Vector) -> Vector:
     unit = n.min()
     alpha, beta = unit / n, b / n / unit
     # a multiple of (1'w)^2 is constant on the simplex, and keeps the sum from jumping where C is singular
-    M = definite(R) + np.outer(alpha, alpha)
+    M = definite(R, precision) + np.outer(alpha, alpha)
     low, high, tau = float((beta / alpha).min()), np.inf, float((beta / alpha).max()) + 1.0
     y = np.zeros(len(b))
     for _ in range(100):
