@@ -14,6 +14,9 @@ _exports = {
     "wrap": "polytask.models",
     "backward": "polytask.balancing",
     "diagnose": "polytask.training",
+    "train": "polytask.training",
+    "TaskData": "polytask.training",
+    "TrainConfig": "polytask.training",
     "MultiTaskClassifier": "polytask.training",
     "MultiTaskRegressor": "polytask.training",
     "MultiTaskEstimator": "polytask.training",
@@ -21,7 +24,21 @@ _exports = {
     "InputError": "polytask.errors",
     "TrainingError": "polytask.errors",
 }
-_modules = ("autograd", "balancing", "data", "linalg", "metrics", "models", "optim", "recipes", "report", "tasks", "training")
+_modules = (
+    "autograd",
+    "balancing",
+    "data",
+    "lightning",
+    "linalg",
+    "merging",
+    "metrics",
+    "models",
+    "optim",
+    "recipes",
+    "report",
+    "tasks",
+    "training",
+)
 
 __all__ = ["__version__", *_exports]
 
@@ -34,6 +51,13 @@ if TYPE_CHECKING:
     from polytask.models import wrap as wrap
     from polytask.tasks import Task as Task
     from polytask.tasks import Tasks as Tasks
+    from polytask.training import MultiTaskClassifier as MultiTaskClassifier
+    from polytask.training import MultiTaskEstimator as MultiTaskEstimator
+    from polytask.training import MultiTaskRegressor as MultiTaskRegressor
+    from polytask.training import TaskData as TaskData
+    from polytask.training import TrainConfig as TrainConfig
+    from polytask.training import diagnose as diagnose
+    from polytask.training import train as train
 
 
 def __getattr__(name: str) -> Any:
