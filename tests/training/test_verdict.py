@@ -15,7 +15,7 @@ LABELS = {
     "equal": "Equal weighting",
     "scalarization": "Tuned scalarization",
     "famo": "FAMO",
-    "groups": "Groups: a + b | c",
+    "groups": "Groups of tasks",
 }
 SEEN = Evidence(
     chosen="famo",
@@ -57,7 +57,7 @@ def test_noise_is_called_noise() -> None:
     found = judge(but(gain=(NOISE, NOISE)))
     assert "within noise" in found["text"]
     assert "beyond noise" not in found["text"]
-    assert any("cannot tell it from single-task models" in r for r in found["reasons"])
+    assert any("cannot tell it from single-task" in r and "1 network instead of 3" in r for r in found["reasons"])
     rivals = [r for r in found["reasons"] if "cannot be told from" in r]
     assert len(rivals) == 2
     assert not any(" better than " in r or " worse than " in r for r in found["reasons"])
@@ -83,7 +83,10 @@ def test_test_rows_that_contradict_the_choice_are_not_hushed_up() -> None:
 
 def test_the_simplest_method_near_the_best_is_called_that() -> None:
     text = judge(but(chosen="equal", joint="equal"))["text"]
-    assert "with equal weighting: the simplest way within one standard error of the best score" in text
+    assert (
+        "with equal weighting: the simplest way within one standard error of the best score on validation rows (that of FAMO)"
+        in text
+    )
 
 
 def test_groups_are_spelt_out() -> None:

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,14 +278,16 @@ class Workshop:
             self.outcomes[name] = load_outcome(wanted[name], self.work, self.names)
             self.announce(stage, name)
 
-    def _finished(self, calls: list[tuple[Any, ...]]) -> Iterable[str]:
+    def _finished(self, calls: list[tuple[Any, ...]]) -> Iterator[str]:
         if self.workers == 1 or len(calls) < 2:
-            return (run_job(*call) for call in calls)
+            yield from (run_job(*call) for call in calls)
+            return
         from joblib import Parallel, delayed
 
         parallel = Parallel(n_jobs=self.workers, return_as="generator_unordered")
-        found: Iterable[str] = parallel(delayed(run_job)(*call, os.getpid()) for call in calls)
-        return found
+        with warnings.catch_warnings():  # a worker that has grown is replaced by a fresh one, which is nobody's concern
+            warnings.filterwarnings("ignore", message="A worker stopped")
+            yield from parallel(delayed(run_job)(*call, os.getpid()) for call in calls)
 
     def announce(self, stage: str, job: str = "") -> None:
         """Tell the progress callback where the study stands."""

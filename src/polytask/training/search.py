@@ -38,11 +38,12 @@ class Search:
         methods: the balancing methods to compare.
 
     Attributes:
-        methods: all methods, the simplest first, once :meth:`run` is done.
+        methods: all methods, once :meth:`run` is done.
         validation: {method: Delta_m over tasks on validation rows against the single-task references}.
-        best: the method that learns tasks together with the best validation score.
-        chosen: the method to recommend, single-task training included.
-        joint: what stands beside single-task training in tables: ``chosen``, or ``best`` where that is single-task training.
+        best: the method with the best validation score, single-task training included.
+        chosen: the method to recommend.
+        joint: what stands beside single-task training in tables: ``chosen``, or the best other one where that is
+            single-task training itself.
         groupings: [{"groups", "validation_score"}], the best first.
         how: in words, how groups were looked for.
     """
@@ -73,11 +74,12 @@ class Search:
         grouped = self._grouped(first)
         rest = [job for m in (tuned, *grouped) for s in seeds for job in m.jobs(s)]
         self.workshop.do("tuned scalarization and groups on all seeds", rest)
-        self.methods = sorted([self.single, self.equal, tuned, *self.asked, *grouped], key=_complexity)
+        self.methods = [self.single, self.equal, tuned, *self.asked, *grouped]
         judged = self.bench("validation")
         self.validation = {m.name: judged.delta_m(m.name, SINGLE)[0].mean for m in self.methods}
         self.best, self.chosen = self._choose(judged)
-        self.joint = self.best if self.chosen is self.single else self.chosen
+        together = [m for m in self.methods if m is not self.single]
+        self.joint = max(together, key=self._score) if self.chosen is self.single else self.chosen
 
     def bench(self, part: str) -> Bench:
         """All methods judged on ``validation`` rows, or, once, on ``test`` rows."""
@@ -89,21 +91,20 @@ class Search:
         return found
 
     def _choose(self, judged: Bench) -> tuple[Method, Method]:
-        """The best method that learns tasks together, and the choice.
+        """The method with the best validation score, and the choice.
 
         The choice is the simplest method within one standard error of the best (Breiman et al. 1984): the best of many
-        noisy scores is too good to be true. Single-task training is chosen where none of them beats it.
+        noisy scores is too good to be true. One network for all tasks is simpler than several, and all apart the least simple.
         """
-        rivals = [m for m in self.methods if m is not self.single]
-        best = max(rivals, key=lambda m: self.validation[m.name])
-        if not self.validation[best.name] > 0:
-            return best, self.single
-        for method in rivals:
+        best = max(self.methods, key=self._score)
+        for method in sorted(self.methods, key=_complexity):
             lead = judged.delta_m_samples(best.name, SINGLE) - judged.delta_m_samples(method.name, SINGLE)
-            near = self.validation[best.name] - self.validation[method.name] <= np.nanstd(lead)
-            if near and self.validation[method.name] > 0:
+            if self.validation[best.name] - self.validation[method.name] <= np.nanstd(lead):
                 return best, method
         return best, best
+
+    def _score(self, method: Method) -> float:
+        return self.validation[method.name]
 
     @property
     def tuned_weights(self) -> tuple[float, ...]:
@@ -181,8 +182,9 @@ class Search:
 
     def _method(self, grouping: g.Grouping) -> Method:
         grouping = tuple(sorted(grouping))
-        label = "Groups: " + " | ".join(" + ".join(self.names[k] for k in group) for group in grouping)
-        return Method(GROUPS, label, "method", grouping, EQUAL, (), "the best grouping on validation rows")
+        shown = " | ".join(" + ".join(self.names[k] for k in group) for group in grouping)
+        why = f"the best grouping on validation rows: {shown}"
+        return Method(GROUPS, "Groups of tasks", "method", grouping, EQUAL, (), why)
 
     def _cosine(self, seed: int) -> Floats | None:
         seen = self.workshop[self.equal.jobs(seed)[0]].history.get("interference")
@@ -192,6 +194,7 @@ class Search:
 
 
 def _complexity(method: Method) -> int:
-    """Single-task training, then sums of losses, then methods in the order asked, then groups."""
-    order = (SINGLE, EQUAL, LOG_LOSSES, SCALARIZATION)
-    return order.index(method.name) if method.name in order else len(order) + (method.name == GROUPS)
+    """Sums of losses first, then methods in the order asked, then groups, then a network for each task."""
+    order = (EQUAL, LOG_LOSSES, SCALARIZATION)
+    last = {GROUPS: len(order) + 1, SINGLE: len(order) + 2}
+    return order.index(method.name) if method.name in order else last.get(method.name, len(order))

@@ -16,8 +16,8 @@ class Evidence:
 
     Attributes:
         chosen: the method to recommend, single-task training included.
-        best: the method that learns tasks together with the best validation score.
-        joint: the method whose values stand in the table beside the single-task ones: ``chosen``, or ``best``.
+        best: the method with the best validation score, single-task training included.
+        joint: the method whose values stand in the table beside the single-task ones: ``chosen``, or the best other one.
         labels: {method: label}.
         groups: the tasks that share a model under ``chosen``.
         validation: {method: Delta_m over tasks on validation rows}.
@@ -65,13 +65,10 @@ def recommendation(seen: Evidence) -> str:
     """One sentence: what to do. It rests on validation rows."""
     n = sum(len(g) for g in seen.groups)
     if seen.chosen == SINGLE:
-        return (
-            f"Learn the {n} targets apart: on validation rows no way of learning them together did better on average."
-        )
-    if seen.chosen == seen.best:
-        why = "the best score on validation rows"
-    else:
-        why = "the simplest way within one standard error of the best score on validation rows"
+        return f"Learn the {n} targets apart: on validation rows every way of learning them together did worse."
+    why = "the best score on validation rows"
+    if seen.chosen != seen.best:
+        why = f"the simplest way within one standard error of {why} (that of {_inline(seen.labels[seen.best])})"
     if seen.chosen == GROUPS:
         together = [g for g in seen.groups if len(g) > 1]
         alone = [g[0] for g in seen.groups if len(g) == 1]
@@ -123,18 +120,18 @@ def _selection(seen: Evidence) -> str:
 
 
 def _contradiction(seen: Evidence) -> list[str]:
-    gain = seen.gain[0]
-    if seen.chosen != SINGLE and gain.high < 0:
+    gain, apart = seen.gain[0], seen.chosen == SINGLE
+    if (gain.low > 0) if apart else (gain.high < 0):
+        word = "better" if apart else "worse"
         return [
-            f"Beware: the test rows contradict the validation rows, {_percent(gain)} is worse than single-task models beyond noise."
+            f"Beware: the test rows contradict the validation rows: {_percent(gain)} is {word} than single-task models, "
+            "beyond noise."
         ]
-    if seen.chosen != SINGLE and not gain.excludes_zero:
+    if not apart and not gain.excludes_zero:
+        networks, n = len(seen.groups), sum(len(g) for g in seen.groups)
         return [
-            "The test rows cannot tell it from single-task models on average: prefer it for its cost or simplicity, not its accuracy."
-        ]
-    if seen.chosen == SINGLE and gain.low > 0:
-        return [
-            f"Beware: the test rows contradict the validation rows, {_percent(gain)} is better than single-task models beyond noise."
+            "The test rows cannot tell it from single-task models on average: what speaks for it is "
+            f"{networks} network{'s' * (networks > 1)} instead of {n}, not accuracy."
         ]
     return []
 
@@ -182,11 +179,7 @@ def _percent(i: Interval) -> str:
 def _inline(label: str) -> str:
     """A label within a sentence: names keep their capitals, descriptions lose the first."""
     first = label.split(" ")[0]
-    return (
-        label
-        if first.upper() == first or "-" in first or first[1:] != first[1:].lower()
-        else label[0].lower() + label[1:]
-    )
+    return label if first[1:] != first[1:].lower() else label[0].lower() + label[1:]
 
 
 def _listed(names: Sequence[str]) -> str:
