@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.epoch_mean import EpochMean
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -39,26 +40,24 @@ class DWA(LossWeighting):
     def __init__(self, *, temperature: float = 2.0, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
         self.temperature = temperature
-        self.running = EpochMean("epoch")
+        self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
         nan = torch.full((n_tasks,), torch.nan)
         return {**self.running.start(n_tasks), "last": nan.clone(), "before_last": nan.clone()}
 
     def begin_epoch(self) -> None:
-        if self.state and self.running.started(self.state):
-            mean = self.running.finish(self.state)
+        mean = self.running.end(self.state)
+        if mean is not None:
             # a task absent for a whole epoch keeps the two means it has
-            seen = ~torch.isnan(mean)
-            last = self.state["last"].to(mean.device)
-            self.state["before_last"] = torch.where(seen, last, self.state["before_last"].to(mean.device))
+            seen, last, before = ~torch.isnan(mean), *(self.state[k].to(mean.device) for k in ("last", "before_last"))
+            self.state["before_last"] = torch.where(seen, last, before)
             self.state["last"] = torch.where(seen, mean, last)
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
-        self.running.add(self.state, active, losses.detach())
-        r = (self.state["last"] / self.state["before_last"]).to(losses.device)[active]
-        r = torch.where(torch.isfinite(r), r, torch.ones_like(r))
+        rows = rows_of(self.active, len(self.state["last"]), losses.device)
+        self.running.add(self.state, rows, losses)
+        r = (self.state["last"] / self.state["before_last"]).to(losses.device)[rows].nan_to_num(1.0, 1.0)
         p = torch.as_tensor(self.p, dtype=torch.float32, device=losses.device)
         w = (p * len(losses) * torch.softmax(r / self.temperature, 0)).to(losses.dtype)
         return (w * losses).sum(), w

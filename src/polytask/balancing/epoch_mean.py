@@ -8,35 +8,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.balancing.rows import Rows
+
 
 class EpochMean:
-    """Running sums kept in ``state[name + "_sum"]`` and ``state[name + "_count"]``.
+    """Running sums in ``state["epoch_sum"]`` and ``state["epoch_count"]``; ``state["epoch"]`` counts the epochs that ended.
 
-    Args:
-        name: what the sums are called in the state.
+    An epoch without any step is none: whether the first one is announced before the tasks are known makes no difference.
     """
 
-    def __init__(self, name: str) -> None:
-        self.sum, self.count = f"{name}_sum", f"{name}_count"
+    def start(self, n_tasks: int) -> dict[str, Any]:
+        """The state before the first epoch."""
+        return {
+            "epoch_sum": torch.zeros(n_tasks),
+            "epoch_count": torch.zeros(n_tasks),
+            "epoch": 0,
+            "epoch_begun": False,
+        }
 
-    def start(self, n_tasks: int) -> dict[str, Tensor]:
-        """The state of an epoch without any step."""
-        return {self.sum: torch.zeros(n_tasks), self.count: torch.zeros(n_tasks)}
-
-    def started(self, state: dict[str, Any]) -> bool:
-        """Whether the epoch has seen a step."""
-        return bool(state[self.count].any())
-
-    def add(self, state: dict[str, Any], active: Tensor, losses: Float[Tensor, " active"]) -> None:
-        """Count the losses of the active tasks."""
-        for key in (self.sum, self.count):
+    def add(self, state: dict[str, Any], rows: Rows, losses: Float[Tensor, " rows"]) -> None:
+        """Count the losses of the given tasks."""
+        for key in ("epoch_sum", "epoch_count"):
             if state[key].device != losses.device:
                 state[key] = state[key].to(losses.device)
-        state[self.sum][active] += losses.float()
-        state[self.count][active] += 1
+        state["epoch_sum"][rows] += losses.detach()
+        state["epoch_count"][rows] += 1
+        state["epoch_begun"] = True
 
-    def finish(self, state: dict[str, Any]) -> Float[Tensor, " tasks"]:
-        """The means of the epoch, NaN for a task never seen; the sums start again from 0."""
-        mean: Tensor = state[self.sum] / state[self.count]
-        state[self.sum], state[self.count] = torch.zeros_like(mean), torch.zeros_like(mean)
+    def end(self, state: dict[str, Any]) -> Float[Tensor, " tasks"] | None:
+        """The means of the epoch that ends, NaN for a task never seen, or None where no step was taken; sums start anew."""
+        if not state.get("epoch_begun"):
+            return None
+        mean: Tensor = state["epoch_sum"] / state["epoch_count"]
+        state["epoch_sum"], state["epoch_count"] = torch.zeros_like(mean), torch.zeros_like(mean)
+        state["epoch"] += 1
+        state["epoch_begun"] = False
         return mean

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.inner_adam import InnerAdam
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -64,16 +66,16 @@ class FAMO(LossWeighting):
     def _log_distance(self, losses: Tensor) -> Tensor:
         return (losses - self.lowest).clamp_min(torch.finfo(losses.dtype).tiny).log()
 
-    def _learn(self, active: np.typing.NDArray[np.intp], after: Float[Tensor, " active"]) -> None:
-        both = self.state["waiting"][active]
+    def _learn(self, active: npt.NDArray[np.intp], after: Float[Tensor, " active"]) -> None:
+        waiting = self.state["waiting"]
+        both = waiting[active]
         if both.any():
-            where = torch.as_tensor(active[both], device=after.device)
-            delta = (
-                self.state["before"].to(after.device)[where] - after[torch.as_tensor(both, device=after.device)].float()
-            )
-            z = torch.softmax(self.adam.read(self.state, where), 0)
-            self.adam.step(self.state, where, z * (delta - (z * delta).sum()))
-        self.state["waiting"][:] = False
+            rows = rows_of(active[both], len(waiting), after.device)
+            now = after if both.all() else after[torch.as_tensor(both, device=after.device)]
+            delta = self.state["before"].to(after.device)[rows] - now.float()
+            z = torch.softmax(self.adam.read(self.state, rows, after.device), 0)
+            self.adam.step(self.state, rows, z * (delta - z @ delta))
+        waiting[:] = False
 
     def after_step(self, losses: Mapping[str, Tensor]) -> None:
         assert self.tasks is not None
@@ -82,13 +84,16 @@ class FAMO(LossWeighting):
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
         log_d = self._log_distance(losses)
-        self._learn(self.active, log_d.detach())
-        active = torch.as_tensor(self.active, device=losses.device)
-        p = torch.as_tensor(self.p).to(losses)
-        z = torch.softmax(self.adam.read(self.state, active).to(losses.dtype) + p.log(), 0)
-        # z / D, scaled to sum to 1, through logarithms so that no loss is too small
-        w = torch.softmax(z.log() - log_d.detach(), 0)
-        self.state["before"] = self.state["before"].to(losses.device).index_copy(0, active, log_d.detach().float())
+        now = log_d.detach()
+        self._learn(self.active, now)
+        rows = rows_of(self.active, len(self.state["waiting"]), losses.device)
+        before = self.state["before"] = self.state["before"].to(losses.device)
+        before[rows] = now.float()
         self.state["waiting"][self.active] = True
-        scale = (w * (losses.detach() - self.lowest)).sum()
-        return (z * log_d).sum() * scale / z.sum(), w
+        log_z = self.adam.read(self.state, rows, losses.device).to(losses.dtype)
+        if self.preference is not None:
+            log_z = log_z + torch.as_tensor(self.p).to(losses).log()
+        z = torch.softmax(log_z, 0)
+        # z / D scaled to sum to 1, through logarithms so that no loss is too small; 1 / c = sum_i w_i D_i
+        w = torch.softmax(log_z - now, 0)
+        return (z * log_d).sum() * (w @ now.exp()), w

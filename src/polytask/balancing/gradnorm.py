@@ -24,8 +24,8 @@ from polytask.registry import register
 class GradNorm(GramianWeighting):
     r"""Learn weights that give every task a gradient as long as its pace of training calls for.
 
-    .. math:: \min_s \sum_i \Bigl|\, w_i \lVert g_i\rVert - \bar n\, r_i^\alpha \Bigr|, \qquad w = K\, \mathrm{softmax}(s), \quad
-        r_i = \frac{L_i / L_i(0)}{\mathrm{mean}_j\, L_j / L_j(0)}
+    .. math:: \min_s \sum_i \Bigl|\, w_i \lVert g_i\rVert - \bar n\, r_i^\alpha \Bigr|, \qquad
+        w = K\, \mathrm{softmax}(s), \quad r_i = \frac{L_i / L_i(0)}{\mathrm{mean}_j\, L_j / L_j(0)}
 
     with :math:`\bar n` the mean of :math:`w_i \lVert g_i\rVert` and the target held constant. :math:`L_i(0)` is the
     first loss seen of each task; s takes one Adam step a step, after its weights were used. A preference multiplies
@@ -52,12 +52,12 @@ class GradNorm(GramianWeighting):
             raise InputError("gradnorm compares the losses with their first values: give losses=")
         first = self.state["first_loss"]
         first[self.active] = np.where(np.isnan(first[self.active]), losses, first[self.active])
-        active = torch.from_numpy(self.active)
-        w = len(C) * torch.softmax(self.adam.read(self.state, active).double(), 0).numpy()
+        rows = torch.from_numpy(self.active)
+        w = len(C) * torch.softmax(self.adam.read(self.state, rows, rows.device).double(), 0).numpy()
         n = np.sqrt(np.diag(C))
         # a loss of 0, or one that changed its sign, has the least ratio that a power can be taken of
         pace = np.maximum(losses / first[self.active], np.finfo(np.float64).eps)
         target = (w * n).mean() * (pace / pace.mean()) ** self.alpha
         slope = n * np.sign(w * n - target)
-        self.adam.step(self.state, active, torch.from_numpy(w * (slope - (w @ slope) / len(C))))
+        self.adam.step(self.state, rows, torch.from_numpy(w * (slope - (w @ slope) / len(C))))
         return np.asarray(self.p * w)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -43,9 +44,9 @@ class GroupDRO(LossWeighting):
         return {"log_weights": torch.zeros(n_tasks)}
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
+        rows = rows_of(self.active, len(self.state["log_weights"]), losses.device)
         log_w = self.state["log_weights"] = self.state["log_weights"].to(losses.device)
-        log_w[active] += self.eta * losses.detach().float()
+        log_w[rows] += self.eta * losses.detach().float()
         p = torch.as_tensor(self.p, dtype=torch.float32, device=losses.device)
-        w = (len(losses) * torch.softmax(log_w[active] + p.log(), 0)).to(losses.dtype)
+        w = (len(losses) * torch.softmax(log_w[rows] + p.log(), 0)).to(losses.dtype)
         return (w * losses).sum(), w

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.epoch_mean import EpochMean
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -41,27 +42,22 @@ class IGB(LossWeighting):
     def __init__(self, *, base_epoch: int = 1, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
         self.base_epoch = base_epoch
-        self.running = EpochMean("base")
+        self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {**self.running.start(n_tasks), "base": torch.full((n_tasks,), torch.nan), "epoch": 0, "seen": False}
+        return {**self.running.start(n_tasks), "base": torch.full((n_tasks,), torch.nan)}
 
     def begin_epoch(self) -> None:
-        if not self.state or not self.state["seen"]:
-            return
-        if self.state["epoch"] == self.base_epoch:
-            self.state["base"] = self.running.finish(self.state)
-        self.state["epoch"] += 1
-        self.state["seen"] = False
+        mean = self.running.end(self.state)
+        if mean is not None and self.state["epoch"] - 1 == self.base_epoch:
+            self.state["base"] = mean
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
-        self.state["seen"] = True
-        if self.state["epoch"] == self.base_epoch:
-            self.running.add(self.state, active, losses.detach())
+        rows = rows_of(self.active, len(self.state["base"]), losses.device)
+        self.running.add(self.state, rows, losses)
         positive = losses.clamp_min(torch.finfo(losses.dtype).tiny)
-        gap = positive.detach() / self.state["base"].to(losses)[active]
+        gap = positive.detach() / self.state["base"].to(losses)[rows]
         # before the base epoch has ended, or for a task it lacked, no gap is known: an average one is assumed
-        gap = torch.where(torch.isfinite(gap), gap, torch.ones_like(gap))
+        gap = gap.nan_to_num(1.0)
         w = torch.as_tensor(self.p).to(losses) * len(losses) * torch.softmax(gap, 0)
         return (w * positive.log()).sum(), w / positive.detach()

@@ -47,7 +47,7 @@ class IMTL(IMTLG):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:
         if losses is None:
             raise InputError("imtl learns from the values of the losses: give losses=")
-        active = torch.from_numpy(self.active)
-        scale = torch.exp(self.adam.read(self.state, active)).double().numpy()
-        self.adam.step(self.state, active, torch.from_numpy(scale * losses - 1))
+        rows = torch.from_numpy(self.active)
+        scale = torch.exp(self.adam.read(self.state, rows, rows.device)).double().numpy()
+        self.adam.step(self.state, rows, torch.from_numpy(scale * losses - 1))
         return np.asarray(scale * super().solve(C * scale * scale[:, None], losses))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.inner_adam import InnerAdam
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -44,9 +45,9 @@ class IMTLL(LossWeighting):
         return self.adam.start(n_tasks, 0.0)
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
+        rows = rows_of(self.active, len(self.state["log_scale"]), losses.device)
         p = torch.as_tensor(self.p, dtype=torch.float32, device=losses.device)
-        s = self.adam.read(self.state, active)
+        s = self.adam.read(self.state, rows, losses.device)
         w = p * torch.exp(s)
-        self.adam.step(self.state, active, w * losses.detach() - p)
+        self.adam.step(self.state, rows, w * losses.detach() - p)
         return (w * losses - p * s).sum(), w.to(losses.dtype)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.balancing.rows import Rows
+
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 
 
@@ -26,31 +28,32 @@ class InnerAdam:
 
     def __init__(self, name: str, lr: float, weight_decay: float = 0.0) -> None:
         self.name, self.lr, self.weight_decay = name, lr, weight_decay
+        self.keys = (name, f"{name}_mean", f"{name}_square", f"{name}_steps")
 
     def start(self, n_tasks: int, value: float) -> dict[str, Tensor]:
         """The state before the first step."""
-        zeros = torch.zeros(n_tasks)
-        return {
-            self.name: torch.full((n_tasks,), value),
-            f"{self.name}_mean": zeros.clone(),
-            f"{self.name}_square": zeros.clone(),
-            f"{self.name}_steps": zeros.clone(),
-        }
+        numbers = (value, 0.0, 0.0, 0.0)
+        return {key: torch.full((n_tasks,), number) for key, number in zip(self.keys, numbers, strict=True)}
 
-    def read(self, state: dict[str, Any], active: Tensor) -> Float[Tensor, " active"]:
-        """The numbers of the active tasks, float32, on the device of ``active``."""
-        return self._on(state, self.name, active.device)[active]
+    def read(self, state: dict[str, Any], rows: Rows, device: torch.device) -> Float[Tensor, " rows"]:
+        """A copy of the numbers of the given tasks, float32."""
+        number: Tensor = self._on(state, self.name, device)[rows]
+        return number.clone()
 
-    def step(self, state: dict[str, Any], active: Tensor, gradient: Float[Tensor, " active"]) -> None:
-        """One descent step for the active tasks."""
-        x, m, v, t = (self._on(state, self.name + part, active.device) for part in ("", "_mean", "_square", "_steps"))
-        g = gradient.float() + self.weight_decay * x[active]
-        t[active] += 1
-        m[active] = BETA1 * m[active] + (1 - BETA1) * g
-        v[active] = BETA2 * v[active] + (1 - BETA2) * g * g
-        mean = m[active] / (1 - BETA1 ** t[active])
-        square = v[active] / (1 - BETA2 ** t[active])
-        x[active] -= self.lr * mean / (square.sqrt() + EPSILON)
+    def step(self, state: dict[str, Any], rows: Rows, gradient: Float[Tensor, " rows"]) -> None:
+        """One descent step for the given tasks."""
+        x, m, v, t = parts = [self._on(state, key, gradient.device)[rows] for key in self.keys]
+        g = gradient.float()
+        if self.weight_decay:
+            g = g + self.weight_decay * x
+        t += 1
+        m.lerp_(g, 1 - BETA1)
+        v.lerp_(g * g, 1 - BETA2)
+        root = (v / (1 - BETA2**t)).sqrt_().add_(EPSILON)
+        x.sub_(self.lr * (m / (1 - BETA1**t)) / root)
+        if not isinstance(rows, slice):  # the parts are copies, not views
+            for key, part in zip(self.keys, parts, strict=True):
+                state[key][rows] = part
 
     @staticmethod
     def _on(state: dict[str, Any], key: str, device: torch.device) -> Tensor:

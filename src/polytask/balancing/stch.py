@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.epoch_mean import EpochMean
+from polytask.balancing.rows import rows_of
 from polytask.errors import InputError
 from polytask.registry import register
 
@@ -47,31 +48,26 @@ class STCH(LossWeighting):
         if not mu > 0:
             raise InputError(f"the smoothness mu of stch is positive, not {mu}")
         self.mu, self.warmup = mu, warmup
-        self.running = EpochMean("nadir")
+        self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {**self.running.start(n_tasks), "nadir": torch.full((n_tasks,), torch.nan), "epoch": 0, "seen": False}
+        return {**self.running.start(n_tasks), "nadir": torch.full((n_tasks,), torch.nan)}
 
     def begin_epoch(self) -> None:
-        if not self.state or not self.state["seen"]:
-            return
-        if self.state["epoch"] == self.warmup:
-            self.state["nadir"] = self.running.finish(self.state)
-        self.state["epoch"] += 1
-        self.state["seen"] = False
+        mean = self.running.end(self.state)
+        if mean is not None and self.state["epoch"] - 1 == self.warmup:
+            self.state["nadir"] = mean
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
+        rows = rows_of(self.active, len(self.state["nadir"]), losses.device)
+        self.running.add(self.state, rows, losses)
         p = torch.as_tensor(self.p).to(losses)
         positive = losses.clamp_min(torch.finfo(losses.dtype).tiny)
-        self.state["seen"] = True
         if self.warmup is not None and self.state["epoch"] <= self.warmup:
-            if self.state["epoch"] == self.warmup:
-                self.running.add(self.state, active, losses.detach())
             return (p * positive.log()).sum(), (p / positive).detach()
         f = losses
         if self.warmup is not None:
-            nadir = self.state["nadir"].to(losses)[active]
+            nadir = self.state["nadir"].to(losses)[rows]
             # a task that the nadir epoch lacked is measured by its present loss
             f = torch.log(positive / torch.where(torch.isnan(nadir), positive.detach(), nadir))
         total = len(losses) * self.mu * torch.logsumexp(p * f / self.mu, 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.inner_adam import InnerAdam
+from polytask.balancing.rows import rows_of
 from polytask.registry import register
 
 
@@ -48,9 +49,9 @@ class Uncertainty(LossWeighting):
         return self.adam.start(n_tasks, self.start)
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        active = torch.as_tensor(self.active, device=losses.device)
+        rows = rows_of(self.active, len(self.state["log_variance"]), losses.device)
         p = torch.as_tensor(self.p, dtype=torch.float32, device=losses.device)
-        s = self.adam.read(self.state, active)
+        s = self.adam.read(self.state, rows, losses.device)
         w = 0.5 * p * torch.exp(-s)
-        self.adam.step(self.state, active, 0.5 * p - w * losses.detach())
+        self.adam.step(self.state, rows, 0.5 * p - w * losses.detach())
         return (w * losses + 0.5 * p * s).sum(), w.to(losses.dtype)
