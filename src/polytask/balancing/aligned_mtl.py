@@ -26,9 +26,9 @@ class AlignedMTL(GramianWeighting):
 
     .. math:: w = \sqrt{\lambda}\; V_r \Lambda_r^{-1/2} V_r^\top p
 
-    where :math:`\lambda` is the least, median or mean of :math:`\Lambda_r`. Eigenvalues below the rounding of
-    the largest count as zero: in single precision, what only gradients a thousand times shorter than the rest could
-    tell is lost, so mind the scales of the losses.
+    where :math:`\lambda` is the least, median or mean of :math:`\Lambda_r`. Eigenvalues below the rounding of the
+    largest count as zero: in single precision, what only gradients a thousand times shorter than the rest could tell
+    is lost, so mind the scales of the losses.
 
     Args:
         scale: which eigenvalue all are made equal to: ``min``, ``median`` or ``rmse`` (their mean).

@@ -23,9 +23,8 @@ from polytask.registry import register
 class CAGrad(GramianWeighting):
     r"""Improve the worst-off task as much as a ball around the mean gradient allows.
 
-    .. math:: d = \arg\max_d \min_i \langle g_i, d\rangle \quad \text{s.t.} \quad \lVert d - g_0\rVert \le c \lVert
-    g_0\rVert, \qquad
-        g_0 = \tfrac1K \sum_i p_i g_i
+    .. math:: d = \arg\max_d \min_i \langle g_i, d\rangle \quad \text{s.t.} \quad \lVert d - g_0\rVert \le c \lVert g_0\rVert,
+        \qquad g_0 = \tfrac1K \sum_i p_i g_i
 
     c = 0 is the mean; towards infinity the direction becomes MGDA's.
 

@@ -22,16 +22,16 @@ class DBMTL(GramianWeighting):
     .. math:: g_i = \nabla \log L_i, \qquad w_i = p_i \max_j \lVert g_j\rVert / \lVert g_i\rVert
 
     The loss part is ``log_losses=True``, the default of this class alone. The paper further replaces each :math:`g_i`
-    by a moving average over
-    steps (beta = 0.9): that needs K x P numbers kept, has no meaning for gradients at the representation of ever new
-    examples, and is
-    left out here; this is its beta = 0.
+    by a moving average over steps (beta = 0.9): that needs K x P numbers kept, has no meaning for gradients at the
+    representation of ever new examples, and is left out here; this is its beta = 0.
 
     Cost: K square roots a step.
     """
 
-    def __init__(self, *, preference: Preference = None, log_losses: bool = True, seed: int = 0) -> None:
-        super().__init__(preference=preference, log_losses=log_losses, seed=seed)
+    def __init__(
+        self, *, preference: Preference = None, log_losses: bool = True, every: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__(preference=preference, log_losses=log_losses, every=every, seed=seed)
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         n = np.sqrt(np.diag(C))

@@ -28,8 +28,8 @@ class DWA(LossWeighting):
     .. math:: w = K\, \mathrm{softmax}(r / T), \qquad r_i = \bar L_i(e-1) / \bar L_i(e-2)
 
     with the mean loss of each of the last two epochs; equal weights until both are known. Needs ``begin_epoch()`` at
-    the start of every
-    epoch, as the built-in loop does; without it the weights stay equal. A preference multiplies the weights.
+    the start of every epoch, as the built-in loop does; without it the weights stay equal. A preference multiplies the
+    weights.
 
     Args:
         temperature: T; the higher, the more equal.

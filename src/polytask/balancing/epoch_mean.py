@@ -14,7 +14,8 @@ from polytask.balancing.rows import Rows
 class EpochMean:
     """Running sums in ``state["epoch_sum"]`` and ``state["epoch_count"]``; ``state["epoch"]`` counts the epochs that ended.
 
-    An epoch without any step is none: whether the first one is announced before the tasks are known makes no difference.
+    An epoch without any step is none: whether the first one is announced before the tasks are known makes no
+    difference.
     """
 
     def start(self, n_tasks: int) -> dict[str, Any]:

@@ -23,9 +23,8 @@ class FairGrad(GramianWeighting):
     .. math:: C w = p \circ w^{-1/\alpha}, \quad w > 0
 
     :math:`\alpha \to 0` is the plain sum, :math:`\alpha = 1` proportional fairness (Nash-MTL), :math:`\alpha = 2`
-    minimum potential delay,
-    :math:`\alpha \to \infty` max-min fairness. At a Pareto-stationary point no solution exists; min-norm weights are
-    used there and the log says so.
+    minimum potential delay, :math:`\alpha \to \infty` max-min fairness. At a Pareto-stationary point no solution
+    exists; min-norm weights are used there and the log says so.
 
     Args:
         alpha: fairness, positive; the paper mostly uses 1 or 2.

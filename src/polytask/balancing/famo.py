@@ -27,15 +27,13 @@ from polytask.registry import register
 class FAMO(LossWeighting):
     r"""Lower all log-losses at the same rate, learning the weights from how much each fell.
 
-    .. math:: L = \frac1c \sum_i z_i \log D_i, \quad z = \mathrm{softmax}(\xi), \quad D_i = L_i - L_i^{\min}, \quad c =
-    \sum_i z_i / D_i
+    .. math:: L = \frac1c \sum_i z_i \log D_i, \quad z = \mathrm{softmax}(\xi), \quad D_i = L_i - L_i^{\min}, \quad
+        c = \sum_i z_i / D_i
 
     so that the weights of the losses sum to 1. After the step the losses of the same batch are looked at again:
     :math:`\delta_i = \log D_i^{\text{before}} - \log D_i^{\text{after}}`, and :math:`\xi` takes an Adam step against
-    :math:`J_z^\top \delta`. Give the second
-    losses to ``after_step``; when it is not called, the next step's losses (of another batch: free, but noisier) stand
-    in for them. A
-    preference multiplies z.
+    :math:`J_z^\top \delta`. Give the second losses to ``after_step``; when it is not called, the next step's losses
+    (of another batch: free, but noisier) stand in for them. A preference multiplies z.
 
     Args:
         lr: step size of :math:`\xi`.
@@ -77,7 +75,7 @@ class FAMO(LossWeighting):
             self.adam.step(self.state, rows, z * (delta - z @ delta))
         waiting[:] = False
 
-    def after_step(self, losses: Mapping[str, Tensor]) -> None:
+    def look_again(self, losses: Mapping[str, Tensor]) -> None:
         assert self.tasks is not None
         values = torch.stack([loss.detach().reshape(()) for loss in losses.values()])
         self._learn(np.array([self.tasks.index(n) for n in losses], dtype=np.intp), self._log_distance(values))

@@ -21,8 +21,8 @@ from polytask.registry import register
 class GeometricMean(LossWeighting):
     r"""Minimise the geometric mean of the losses.
 
-    .. math:: L = \Bigl(\prod_i L_i^{p_i}\Bigr)^{1/K} = \exp\Bigl(\tfrac1K \sum_i p_i \log L_i\Bigr), \qquad w_i =
-    \frac{p_i}{K} \frac{L}{L_i}
+    .. math:: L = \Bigl(\prod_i L_i^{p_i}\Bigr)^{1/K} = \exp\Bigl(\tfrac1K \sum_i p_i \log L_i\Bigr), \qquad
+        w_i = \frac{p_i}{K} \frac{L}{L_i}
 
     Losses must be positive. Taken through the mean of logarithms, so that no product over- or underflows.
 

@@ -27,10 +27,8 @@ class IMTLG(GramianWeighting):
     .. math:: v = C^{+} (p \circ n), \quad n_i = \lVert g_i\rVert, \qquad w = v / 1^\top v
 
     so that :math:`\langle d, g_i / n_i\rangle` is the same for every task (in proportion to p), with weights that sum
-    to 1. Weights may be negative;
-    when the sum of v is negative the common projection is too, as in the paper. When it vanishes, weights of the
-    shortest vector in
-    the convex hull are used, and the log says so.
+    to 1. Weights may be negative; when the sum of v is negative the common projection is too, as in the paper. When it
+    vanishes, weights of the shortest vector in the convex hull are used, and the log says so.
 
     Cost: one K x K eigendecomposition a step.
     """

@@ -21,12 +21,9 @@ class NashMTL(GramianWeighting):
     .. math:: C w = p / w, \quad w > 0
 
     the maximiser of :math:`\sum_i p_i \log \langle g_i, d\rangle` on a ball. Rescaling a task's loss does not change
-    the direction, whose length is
-    :math:`\sqrt{\sum_i p_i}` always: it does not shrink as training converges, which is why the authors clip the
-    shared gradient to
-    norm 1 (do so through the training loop's ``clip_norm``). At a Pareto-stationary point no solution exists; min-norm
-    weights are
-    used there and the log says so.
+    the direction, whose length is :math:`\sqrt{\sum_i p_i}` always: it does not shrink as training converges, which is
+    why the authors clip the shared gradient to norm 1 (do so through the training loop's ``clip_norm``). At a
+    Pareto-stationary point no solution exists; min-norm weights are used there and the log says so.
 
     Cost: 5 to 12 Newton steps on K unknowns a step.
     """

@@ -26,13 +26,12 @@ from polytask.registry import register
 class RLW(LossWeighting):
     r"""Draw the weights anew at every step.
 
-    .. math:: w = \mathrm{softmax}(z), \quad z \sim \mathcal{N}(0, I) \qquad \text{or} \qquad w \sim
-    \mathrm{Dirichlet}(1)
+    .. math:: w = \mathrm{softmax}(z), \quad z \sim \mathcal{N}(0, I) \qquad \text{or} \qquad
+        w \sim \mathrm{Dirichlet}(1)
 
     The weights sum to 1 (not to K): halve or double the learning rate accordingly when comparing. A preference
-    multiplies the weights
-    before they are made to sum to 1. Hard to beat for a method that looks at nothing, which is why it belongs in every
-    comparison.
+    multiplies the weights before they are made to sum to 1. Hard to beat for a method that looks at nothing, which is
+    why it belongs in every comparison.
 
     Args:
         distribution: ``normal`` (softmax of normal numbers) or ``dirichlet`` (uniform on the simplex).

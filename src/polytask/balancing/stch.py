@@ -29,10 +29,9 @@ class STCH(LossWeighting):
     .. math:: L = K \mu \log \sum_i \exp\frac{p_i f_i}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
 
     :math:`\bar L` (the nadir) is the mean loss of the epoch of index ``warmup``; up to its end
-    :math:`\sum_i p_i \log L_i` is minimised. Epochs are
-    counted by ``begin_epoch()``. With ``warmup=None`` the losses themselves are compared, :math:`f_i = L_i`, from the
-    first step on.
-    As :math:`\mu \to 0` this becomes K times the largest :math:`p_i f_i`.
+    :math:`\sum_i p_i \log L_i` is minimised. Epochs are counted by ``begin_epoch()``. With ``warmup=None`` the losses
+    themselves are compared, :math:`f_i = L_i`, from the first step on. As :math:`\mu \to 0` this becomes K times the
+    largest :math:`p_i f_i`.
 
     Args:
         mu: smoothness, in units of f; small values approach the maximum.
@@ -45,6 +44,8 @@ class STCH(LossWeighting):
 
     def __init__(self, *, mu: float = 1.0, warmup: int | None = 4, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
+        if warmup is None and self.log_losses:
+            raise InputError("stch with warmup=None compares the losses as they are: it has no log_losses")
         if not mu > 0:
             raise InputError(f"the smoothness mu of stch is positive, not {mu}")
         self.mu, self.warmup = mu, warmup

@@ -29,8 +29,7 @@ class Uncertainty(LossWeighting):
     .. math:: L = \sum_i p_i \left( \tfrac12 e^{-s_i} L_i + \tfrac12 s_i \right), \qquad s_i = \log \sigma_i^2
 
     The log-variances s descend the same objective by an Adam of their own; at its optimum :math:`s_i = \log L_i` the
-    weights are
-    :math:`1 / (2 L_i)`.
+    weights are :math:`1 / (2 L_i)`.
 
     Args:
         lr: step size of the log-variances, the published benchmark's 0.025.

@@ -22,8 +22,8 @@ class UPGrad(GramianWeighting):
 
     .. math:: w = \tfrac1K \sum_i \arg\min_{v \ge p_i e_i} v^\top C v
 
-    No regularisation and no threshold: the guarantee :math:`\langle g_j, d\rangle \ge 0` holds for gradients of any
-    size.
+    No threshold, and no regularisation beyond the rounding of the gradients' own precision: the guarantee
+    :math:`\langle g_j, d\rangle \ge 0` holds for gradients of any size.
 
     Cost: K active-set solves of at most K unknowns a step.
     """

@@ -16,9 +16,8 @@ def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -
 
     With :math:`b = Cu`, the shortest x that improves every task by :math:`\tau` is :math:`x = \sum_i v_i g_i`,
     :math:`v \ge 0 \perp Cv + b - \tau \ge 0`. Its length is convex and increasing in :math:`\tau`, and on each set of
-    positive
-    coordinates the :math:`\tau` of a wanted length solves a quadratic equation: a Newton method from above that ends
-    after a few supports.
+    positive coordinates the :math:`\tau` of a wanted length solves a quadratic equation: a Newton method from above
+    that ends after a few supports.
 
     Args:
         C: inner products of non-zero vectors, shape (tasks, tasks).

@@ -26,8 +26,7 @@ def fair_weights(C: Matrix, p: Vector, alpha: float, precision: float = DOUBLE) 
     .. math:: \min_{w > 0}\; \tfrac12 w^\top C w - \sum_i p_i U(w_i), \qquad U'(w) = w^{-1/\alpha},
 
     solved by a damped Newton method in the unknowns :math:`y_i = w_i / C_{ii}^{-\alpha/(1+\alpha)}`, which are all 1
-    for orthogonal
-    gradients whatever their lengths. :math:`\alpha = 1` is the Nash bargaining solution.
+    for orthogonal gradients whatever their lengths. :math:`\alpha = 1` is the Nash bargaining solution.
 
     Args:
         C: inner products of non-zero gradients, shape (tasks, tasks).

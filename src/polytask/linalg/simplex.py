@@ -14,8 +14,7 @@ def min_norm_point(C: Matrix, precision: float = DOUBLE) -> Vector:
     .. math:: w = \arg\min_{w \ge 0,\, 1^\top w = 1} w^\top C w
 
     Solved as :math:`v \ge 0 \perp Cv - 1 \ge 0`, :math:`w = v / 1^\top v`, by an active-set method on unit vectors, so
-    that lengths may differ by many
-    orders of magnitude.
+    that lengths may differ by many orders of magnitude.
 
     Args:
         C: inner products of the vectors, shape (tasks, tasks), not all zero on the diagonal.
@@ -53,8 +52,8 @@ def simplex_qp(C: Matrix, b: Vector, precision: float = DOUBLE) -> Vector:
     r"""Minimise :math:`\tfrac12 w^\top C w + b^\top w` over the simplex.
 
     With multiplier :math:`\tau`, :math:`w \ge 0 \perp Cw + b - \tau \ge 0`, and :math:`1^\top w` grows with
-    :math:`\tau`, linearly on each set of positive
-    coordinates: a safeguarded Newton method on :math:`\tau` ends when the set no longer changes.
+    :math:`\tau`, linearly on each set of positive coordinates: a safeguarded Newton method on :math:`\tau` ends when
+    the set no longer changes.
 
     Args:
         C: inner products of non-zero vectors, shape (tasks, tasks).
