@@ -150,6 +150,8 @@ def test_a_run_is_not_resumed_with_other_settings(polytask, finished):
         ((*TARGETS, "--split-by", "market"), ("'market'",)),
         ((*TARGETS, "--split-by-time", "colour"), ("'colour'", "neither a date nor a number")),
         ((*TARGETS, "--ignore", "d4y"), ("'d4y'",)),
+        (("--config", "run/config.yaml", "--epochs", "3"), ("--config", "as it was")),
+        (("--config", "no/config.yaml"), ("no/config.yaml",)),
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else None,
 )

@@ -19,6 +19,7 @@ def test_methods_lists_the_whole_registry(polytask):
 
 def test_the_table_names_every_method_within_a_hundred_columns(polytask):
     result = polytask("methods")
+    assert result.exit_code == 0, result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 100
     shown = {line.split()[0] for line in result.stdout.splitlines() if line and not line.startswith(" ")}
     assert {m.name for m in registry.methods()} <= shown

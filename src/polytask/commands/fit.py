@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.text import Text
 
 from polytask.commands.console import AsJson, err, out
 from polytask.commands.failures import Interrupted
 from polytask.commands.progress import StudyView, watched
 from polytask.commands.show import show_results
+from polytask.commands.study_options import (
+    Balance,
+    Config,
+    DemoFolder,
+    Epochs,
+    Folder,
+    Ignore,
+    Kinds,
+    NoGrouping,
+    Overwrite,
+    Quick,
+    Resume,
+    Seeds,
+    SplitBy,
+    SplitByTime,
+    Targets,
+    Trials,
+    Workers,
+)
 from polytask.commands.tables import Columns, Data, Encoding, read
 
 if TYPE_CHECKING:
@@ -20,38 +38,9 @@ if TYPE_CHECKING:
 
     from polytask.training import Study
 
-Balance = Annotated[
-    list[str],
-    typer.Option(
-        metavar="METHOD",
-        help="Balancing methods to compare, as `polytask methods` lists them; `auto` picks a few and says why.",
-    ),
-]
-Seeds = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Seeds each method gets: 3, or 2 with --quick.", show_default=False),
-]
-Epochs = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Passes over the rows at most: 40, or 15 with --quick.", show_default=False),
-]
-Trials = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Weightings tried for the tuned sum: 6, or 3 with --quick.", show_default=False
-    ),
-]
-Quick = Annotated[bool, typer.Option("--quick", help="A first look: fewer seeds, epochs, trials and methods.")]
-Workers = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Trainings at a time; results do not depend on it.", show_default=False),
-]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted or killed run in the folder.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run that the folder holds.")]
-
 
 def demo(
-    folder: Annotated[Path, typer.Option("--out", metavar="DIR", help="The run folder.")] = Path("polytask-demo"),
+    folder: DemoFolder = Path("polytask-demo"),
     quick: Quick = False,
     workers: Workers = None,
     resume: Resume = False,
@@ -70,50 +59,22 @@ def demo(
 
 def fit(
     data: Data,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--target", "-t", metavar="NAME", help="A column to predict; give it several times.", show_default=False
-        ),
-    ] = None,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--out", metavar="DIR", help="The run folder; polytask-DATA when omitted.", show_default=False),
-    ] = None,
-    kind: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=KIND",
-            help="NAME=KIND where a kind is not to be inferred, e.g. grade=ordinal.",
-            show_default=False,
-        ),
-    ] = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COLUMN", help="A column that is neither feature nor target.", show_default=False),
-    ] = None,
-    split_by: Annotated[
-        str | None,
-        typer.Option(metavar="COLUMN", help="Keep the rows of each group of this column together.", show_default=False),
-    ] = None,
-    split_by_time: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Test on the latest rows by this column.", show_default=False)
-    ] = None,
-    balance: Balance = ["auto"],  # noqa: B006
+    target: Targets = None,
+    folder: Folder = None,
+    kind: Kinds = None,
+    ignore: Ignore = None,
+    split_by: SplitBy = None,
+    split_by_time: SplitByTime = None,
+    balance: Balance = None,
     seeds: Seeds = None,
     epochs: Epochs = None,
     trials: Trials = None,
-    grouping: Annotated[bool, typer.Option(help="Look for groups of tasks where learning all together hurts.")] = True,
+    no_grouping: NoGrouping = False,
     quick: Quick = False,
     columns: Columns = None,
     encoding: Encoding = "utf-8",
     workers: Workers = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Replay the run of this config.yaml on the same table, exactly.", show_default=False
-        ),
-    ] = None,
+    config: Config = None,
     resume: Resume = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -123,26 +84,26 @@ def fit(
 
     run = folder or Path(f"polytask-{data.name.partition('.')[0]}")
     common = {"workers": workers, "overwrite": overwrite}
+    split = {"by": split_by, "by_time": split_by_time, "ignore": ignore or ()}
+    budget = {"balance": balance or "auto", "seeds": seeds, "epochs": epochs, "trials": trials, "quick": quick}
     if config is not None:
-        if target or kind or resume:
+        if any(
+            (target, kind, ignore, split_by, split_by_time, balance, seeds, epochs, trials, no_grouping, quick, resume)
+        ):
             raise InputError(
-                "--config brings the targets and kinds of the run with it and starts anew: leave out --target, --kind and --resume"
+                f"--config repeats the run of {config} as it was: no option that says what is learnt, or how, goes with it"
             )
         conduct(read(data, columns, encoding), config, run, as_json, **common)
         return
     if not target:
         raise InputError(f"no target was named: say which columns of {data.name} to predict, each with --target NAME")
-    kinds = dict(_told(k) for k in kind or ())
-    study = {
-        "by": split_by,
-        "by_time": split_by_time,
-        "ignore": ignore or (),
-        "balance": balance,
-        "grouping": grouping,
-        "quick": quick,
+    told = {
+        "kinds": dict(_told(k) for k in kind or ()),
+        "grouping": not no_grouping,
+        "resume": resume,
+        "source": data.name,
     }
-    budget = {"seeds": seeds, "epochs": epochs, "trials": trials, "resume": resume, "source": data.name}
-    conduct(read(data, columns, encoding), target, run, as_json, kinds=kinds, **study, **budget, **common)
+    conduct(read(data, columns, encoding), target, run, as_json, **told, **split, **budget, **common)
 
 
 def _told(option: str) -> tuple[str, str]:
