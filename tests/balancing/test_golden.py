@@ -350,3 +350,33 @@ class TestPCD:
     def test_refuses_a_preference(self):
         with pytest.raises(InputError, match="takes no preference"):
             make("pcd", preference=[1, 2])
+
+
+class TestMConFIG:
+    def test_first_step_is_the_sign_of_config(self):
+        # m hat is the gradient, the pseudo-gradient is ConFIG's, and dividing by its root mean square leaves signs
+        assert torch.allclose(make("m_config").direction(J2), make("config").direction(J2).sign())
+
+    def test_follows_the_published_algorithm_one_task_a_step(self):
+        b, config = make("m_config"), make("config")
+        names = ["a", "b", "c"]
+        b.bind(names)
+        m, seen = torch.zeros(3, 4, dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+        common = v = torch.zeros(4, dtype=torch.float64)
+        t = 0
+        for step in range(12):
+            k = step % 3
+            g = J2[k] * (1 + 0.1 * step) + 0.05 * step
+            b.bind([names[k]])
+            d = b.direction(g[None])
+            m[k] = 0.9 * m[k] + 0.1 * g
+            seen[k] += 1
+            if step < 2:
+                assert not bool(d.any())
+                continue
+            t += 1
+            u = config.direction(m / (1 - 0.9**seen))
+            after = u * (1 - 0.9**t)
+            v = 0.999 * v + 0.001 * ((after - 0.9 * common) / 0.1) ** 2
+            common = after
+            assert torch.allclose(d, u / (v / (1 - 0.999**t)).sqrt(), rtol=1e-9)
