@@ -1,0 +1,21 @@
+"""Several fine-tuned models -> one model: one file a method, tensor by tensor."""
+
+from __future__ import annotations
+
+from polytask.merging.base import Filter, MatrixMerger, Merger, Place, TaskVectorMerger, WeightMerger
+from polytask.merging.in_memory import make, make_filter, merge
+from polytask.merging.statistics import gather_fisher, gather_gramians
+
+__all__ = [
+    "Filter",
+    "MatrixMerger",
+    "Merger",
+    "Place",
+    "TaskVectorMerger",
+    "WeightMerger",
+    "gather_fisher",
+    "gather_gramians",
+    "make",
+    "make_filter",
+    "merge",
+]

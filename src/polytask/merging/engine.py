@@ -1,0 +1,119 @@
+"""Filters and a merger at work on one tensor after another, wherever the tensors come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.errors import InputError
+from polytask.merging.base import Filter, Merger, Stage, TaskVectorMerger, pieces, place_of
+from polytask.merging.matching import dtype_name
+
+Load = Callable[[str], tuple[Tensor | None, Tensor]]
+"""Gives the base's tensor and the experts', one a row, in the dtype that is computed in, both free to be overwritten."""
+
+
+@dataclass
+class Engine:
+    """What happens to every tensor of a merge.
+
+    Attributes:
+        merger: the merger of a tensor, by the tensor's name: options may differ between layers.
+        filters: applied to the task vectors in turn.
+        statistics: for each expert, what it needs statistics of, by the tensor's name; none for most methods.
+        seed: of all random draws.
+    """
+
+    merger: Callable[[str], Merger]
+    filters: Sequence[Filter] = ()
+    statistics: Sequence[Mapping[str, Tensor]] = ()
+    seed: int = 0
+
+    def check(self, names: Sequence[str], experts: int, has_base: bool) -> None:
+        """Refuse what cannot work, before any tensor is read.
+
+        Raises:
+            InputError: the number of experts, a missing base or statistic, filters before a method without task vectors.
+        """
+        for merger in dict.fromkeys(map(self.merger, names)):
+            merger.check_experts(experts)
+            if not isinstance(merger, TaskVectorMerger) and self.filters:
+                raise InputError(f"{merger.method.name} does not merge task vectors: no filter can go before it")
+            if merger.needs == "base" and not has_base:
+                raise InputError(
+                    f"{merger.method.name} merges task vectors: it needs the base that the experts started from"
+                )
+            if merger.needs == "statistics" and len(self.statistics) != experts:
+                raise InputError(
+                    f"{merger.method.name} needs a statistic of each of the {experts} experts ({merger.statistic}), "
+                    f"and {len(self.statistics)} were given"
+                )
+
+    def survey(self, names: Sequence[str], load: Load) -> None:
+        """Let every stage that must see the whole model see it, as often as it asks.
+
+        Raises:
+            InputError: a method that surveys the model is given other options for some tensors.
+        """
+        mergers: list[Stage] = list(dict.fromkeys(map(self.merger, names)))
+        if len(mergers) > 1 and any(m.passes for m in mergers):
+            raise InputError("a method that looks at the whole model first takes the same options for every tensor")
+        for i, stage in enumerate([*self.filters, *mergers]):
+            stage.begin()
+            done = 0
+            while done < stage.passes:
+                for name in names:
+                    W0, W = load(name)
+                    assert W0 is not None
+                    place = place_of(name, self.seed, self.statistics)
+                    stage.survey(W0, self._filtered(W0, W.sub_(W0), name, i), place)
+                stage.end_pass()
+                done += 1
+
+    def merge(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
+        """The merged tensor, in the dtype it is computed in; both arguments may be overwritten."""
+        merger, place = self.merger(name), place_of(name, self.seed, self.statistics)
+        if not self.filters:
+            return merger.merge(W0, W, place)
+        assert W0 is not None
+        assert isinstance(merger, TaskVectorMerger)
+        return merger.add_to_base(W0, self._filtered(W0, W.sub_(W0), name, len(self.filters)), place)
+
+    def _filtered(self, W0: Tensor, D: Tensor, name: str, count: int) -> Tensor:
+        for each in self.filters[:count]:
+            D = each.apply(W0, D, place_of(name, self.seed, self.statistics))
+        return D
+
+
+def all_finite(x: Float[Tensor, "..."]) -> bool:
+    """Whether no entry is NaN or infinite; a sum tells unless it overflows."""
+    flat = x.reshape(-1)
+    return bool(torch.isfinite(flat.sum(dtype=torch.float32))) or all(
+        bool(torch.isfinite(p).all()) for p in pieces(flat)
+    )
+
+
+def check_finite(x: Float[Tensor, "..."], name: str, label: str) -> None:
+    """Refuse weights that are not numbers.
+
+    Raises:
+        InputError: naming the tensor and the model.
+    """
+    if not all_finite(x):
+        raise InputError(f"the tensor {name} of {label} holds NaN or infinite values")
+
+
+def written_as(merged: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The merged tensor in the dtype of the result.
+
+    Raises:
+        InputError: a value is too large for that dtype.
+    """
+    stored = merged.to(dtype)
+    if not all_finite(stored):
+        raise InputError(f"the merged tensor {name} does not fit into {dtype_name(dtype)}: choose another dtype")
+    return stored

@@ -1,0 +1,40 @@
+"""TSV-M: task singular vectors, merged (Gargiulo et al., CVPR 2025, arXiv:2412.00081)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from polytask.merging.base import MatrixMerger, Place
+from polytask.merging.spectral import leading_triplets, polar
+from polytask.registry import register
+
+
+@register(
+    "tsv_m",
+    family="merging",
+    paper="arXiv:2412.00081",
+    needs="base",
+    aliases=("tsvm", "task_singular_vectors", "tsv_merge"),
+    invariances=("permutation", "scale", "rotation"),
+    exempt={"copies": "each expert gets only its share of the rank"},
+)
+class TSVM(MatrixMerger):
+    r"""Give each expert an equal share of the rank, and make the shares orthogonal to one another.
+
+    .. math:: \tau_t \approx U_t S_t V_t^\top \text{ (rank } \lfloor\min(m, n) / T\rfloor), \qquad
+        M = \operatorname{polar}[U_1 \cdots U_T]\, \operatorname{diag}(S_1, \dots, S_T)\, \operatorname{polar}[V_1 \cdots V_T]^\top
+
+    Tensors that are not matrices get the mean task vector. Triplets with negligible singular values are left out: their vectors are noise.
+
+    Cost: T eigendecompositions of the smaller side in place of T SVDs, and two of size at most min(m, n).
+    """
+
+    def update_matrix(self, W0: Float[Tensor, "m n"], D: Float[Tensor, "experts m n"], place: Place) -> Tensor:  # noqa: ARG002
+        k = min(D.shape[1:]) // len(D) or 1
+        triplets = [leading_triplets(tau, k) for tau in D]
+        U, s, Vh = (torch.cat([t[i] for t in triplets], dim=d) for i, d in ((0, 1), (1, 0), (2, 0)))
+        if not len(s):
+            return torch.zeros_like(W0)
+        return (polar(U)[0] * s) @ polar(Vh)[0]
