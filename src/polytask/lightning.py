@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from polytask.balancing import Balancer, LossWeighting, Observation, backward, make
-from polytask.balancing.accumulation import Accumulation
 from polytask.balancing.engine import Features, Level
 from polytask.errors import InputError, MissingExtraError
 from polytask.models import MultiTaskModel
@@ -32,7 +31,7 @@ class MultiTaskModule(pl.LightningModule):
 
     Optimisation is manual, as Lightning calls it, because the gradients are not those of one scalar: give ``clip_norm`` here and not to the
     Trainer. ``precision="16-mixed"`` (one scaler for all tasks), ``"bf16-mixed"`` and DDP work; under DDP at exact level the per-task
-    gradients of all processes are averaged before they are balanced, at the other levels each process weighs its own rows.
+    gradients of all processes are averaged before they are balanced; all processes take the step of one with all rows.
 
     Logged: ``train/TASK/loss``, ``train/TASK/weight`` and ``validation/TASK/loss``.
 
@@ -84,10 +83,11 @@ class MultiTaskModule(pl.LightningModule):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         generator = torch.get_rng_state() if self.balancer.needs_second_evaluation else None
-        losses = self.losses(inputs, targets)
+        counts = self._labelled(targets)
+        losses = self.losses(inputs, targets, idle=counts is not None)
         if not losses:
             return
-        observation = self._backward(losses)
+        observation = self._backward(losses, counts)
         if self.clip_norm is not None:
             # norms grow with float16's scale: clipping at the scaled norm leaves the unscaling to the optimizer's step
             nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm * self._scale())
@@ -95,7 +95,7 @@ class MultiTaskModule(pl.LightningModule):
         if generator is not None:
             with torch.no_grad(), torch.random.fork_rng():
                 torch.set_rng_state(generator)  # the same dropout masks
-                self.balancer.after_step(self.losses(inputs, targets))
+                self.balancer.after_step(self.losses(inputs, targets, idle=counts is not None), counts)
         self.log_dict({f"train/{n}/loss": loss.detach() for n, loss in losses.items()})
         if observation.weights is not None:
             self.log_dict({f"train/{n}/weight": w for n, w in zip(observation.tasks, observation.weights, strict=True)})
@@ -107,40 +107,33 @@ class MultiTaskModule(pl.LightningModule):
             {f"validation/{n}/loss": loss for n, loss in losses.items()}, batch_size=len(next(iter(targets.values())))
         )
 
-    def losses(self, inputs: Any, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Mean loss of every task labelled in the batch, in float32."""
-        return self.tasks.losses({n: o.float() for n, o in self(inputs).items()}, targets)
+    def losses(self, inputs: Any, targets: Mapping[str, Tensor], idle: bool = False) -> dict[str, Tensor]:
+        """Mean loss of every task labelled in the batch, in float32; with ``idle`` zeros, with graph, for the others."""
+        outputs = {n: o.float() for n, o in self(inputs).items()}
+        losses = self.tasks.losses(outputs, targets)
+        return {n: losses[n] if n in losses else outputs[n].sum() * 0.0 for n in self.tasks} if idle else losses
 
-    def _backward(self, losses: dict[str, Tensor]) -> Observation:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+    def _labelled(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """The labels of each task in this process's batch, where there are several processes."""
+        if self.trainer.world_size == 1:
+            return None
+        return {
+            n: t.kind.labelled(targets[n]).sum() if n in targets else torch.zeros(()) for n, t in self.tasks.items()
+        }
+
+    def _backward(self, losses: dict[str, Tensor], counts: dict[str, Tensor] | None) -> Observation:
         exact = self.level == "exact" or (self.level == "auto" and not self.model.features)
-        if self.trainer.world_size > 1 and exact and not isinstance(self.balancer, LossWeighting):
-            return self._exact_over_processes(losses)
-        self.trainer.strategy.pre_backward(torch.stack(list(losses.values())).sum())
-        shared = self.model.shared_parameters() if len(losses) == len(self.tasks) else None
+        if not exact or isinstance(self.balancer, LossWeighting):
+            self.trainer.strategy.pre_backward(torch.stack(list(losses.values())).sum())
         return backward(
             losses,
-            shared=shared,
+            shared=self.model.shared_parameters() if len(losses) == len(self.tasks) else None,
             balancer=self.balancer,
             features=self.model.features or None,
             level=self.level,
-            scaler=scaler,
+            scaler=getattr(self.trainer.precision_plugin, "scaler", None),
+            counts=counts,
         )
-
-    def _exact_over_processes(self, losses: dict[str, Tensor]) -> Observation:
-        processes = self.trainer.world_size
-        shared = list(self.model.shared_parameters())
-        whole = Accumulation(self.balancer, tuple(self.tasks), shared, self._scale())
-        whole.add({n: loss / processes for n, loss in losses.items()})
-        whole.reduce()
-        observation = whole.backward()
-        common = {id(p) for p in shared}
-        for p in self.model.parameters():
-            if id(p) not in common and p.requires_grad:
-                p.grad = self.trainer.strategy.reduce(
-                    torch.zeros_like(p) if p.grad is None else p.grad, reduce_op="sum"
-                )
-        return observation
 
     def _scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -169,7 +162,7 @@ class Balancing(pl.Callback):
         losses: name of the attribute that holds ``{task: loss}``.
         shared: the module -> its shared parameters; all that two losses reach when omitted.
         features: the module -> the shared representation(s) of the last forward pass, which makes the cheap level available.
-        level: ``auto``, ``representation`` or ``exact``; exact needs one process (:class:`MultiTaskModule` does it with several).
+        level: ``auto``, ``representation`` or ``exact``.
 
     Raises:
         InputError: a method that needs a second evaluation, which automatic optimisation has no place for.

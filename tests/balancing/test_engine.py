@@ -73,7 +73,7 @@ def expected(m, weights, weigh_heads=False):
 @pytest.mark.parametrize("how", ["exact", "exact inferred", "exact streamed", "one pass", "two passes"])
 def test_shared_parameters_get_the_combination_and_heads_their_own(deep_heads, balancer, how, monkeypatch):
     if how == "exact streamed":
-        monkeypatch.setattr("polytask.balancing.engine.STREAM_ABOVE", 0)
+        monkeypatch.setattr("polytask.balancing.exact.STREAM_ABOVE", 0)
     m = model(deep_heads)
     losses = losses_of(m)
     arguments = {

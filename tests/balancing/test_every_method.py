@@ -31,7 +31,7 @@ def test_registration(entry: Method) -> None:
     assert entry.paper
     assert set(entry.invariances) <= PROPERTIES
     assert set(entry.exempt) <= GENERATED
-    assert {"preference", "log_losses", "seed"} <= set(entry.options)
+    assert {"preference", "log_losses", "every", "seed"} <= set(entry.options)
     assert all(len(reason.split()) > 3 for reason in entry.exempt.values())
     assert all(type(polytask.balancing.make(alias, **entry.example)) is entry.factory for alias in entry.aliases)
 

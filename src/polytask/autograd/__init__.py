@@ -5,15 +5,19 @@ from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
 from polytask.autograd.layerwise import layerwise_gramian
+from polytask.autograd.processes import DisjointGradients, Processes, SlicedGradients
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
 from polytask.autograd.workspace import Workspace
 
 __all__ = [
     "Copies",
     "DenseGradients",
+    "DisjointGradients",
     "FanOut",
     "LinearGradients",
     "LinearHeads",
+    "Processes",
+    "SlicedGradients",
     "TaskGradients",
     "Workspace",
     "gramian",

@@ -117,7 +117,7 @@ class _Joined(torch.autograd.Function):
         return tuple(torch.unsafe_split_with_sizes(joined, [len(w) for w in weights], dim=-1))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         z, *weights = ctx.saved_tensors
         port: LinearHeads = ctx.port

@@ -8,17 +8,22 @@ from typing import Any
 from torch import Tensor
 
 from polytask.autograd.fan_out import LinearHeads
+from polytask.errors import InputError
 
 
-def leaves(output: Tensor, stop_at: Iterable[Tensor] = ()) -> list[Tensor]:
+def leaves(output: Tensor, stop_at: Iterable[Tensor] = (), complete: bool = False) -> list[Tensor]:
     """The leaf tensors that ``output`` depends on, in a fixed order, without walking past ``stop_at``.
 
     Args:
         output: a tensor with graph.
         stop_at: tensors whose own inputs are not followed; a leaf among them is left out.
+        complete: refuse graphs that hide leaves.
 
     Returns:
         Leaves that require gradients, each once. Cost: one visit a node of the graph, on the host.
+
+    Raises:
+        InputError: with ``complete``, a reentrant activation checkpoint: what it computes with has no place in the graph.
     """
     barrier = {t.grad_fn for t in stop_at if t.grad_fn is not None}
     excluded = {id(t) for t in stop_at}
@@ -40,6 +45,11 @@ def leaves(output: Tensor, stop_at: Iterable[Tensor] = ()) -> list[Tensor]:
             if id(variable) not in excluded:
                 found[id(variable)] = variable
             continue
+        if complete and type(node).__name__ == "CheckpointFunctionBackward":
+            raise InputError(
+                "the model uses reentrant activation checkpoints, which hide parameters from exact gradients of single losses: "
+                "make them with use_reentrant=False, or balance at level='representation'"
+            )
         children = node.next_functions
         if isinstance(port, LinearHeads):
             children = [children[i] for i in port.inputs_of(output_number)]

@@ -17,6 +17,7 @@ def jacobian(
     own: Sequence[Sequence[Tensor]] | None = None,
     retain_graph: bool = False,
     workspace: Workspace | None = None,
+    padding: int = 0,
 ) -> tuple[Float[Tensor, "tasks coordinates"], list[list[Tensor | None]]]:
     """Gradients of every loss with respect to the same parameters, one backward pass a loss.
 
@@ -26,13 +27,15 @@ def jacobian(
         own: for each loss, further tensors whose gradients come out of the same pass (task-specific parameters).
         retain_graph: keep the graph after the last pass.
         workspace: where J is written; new memory when omitted.
+        padding: columns of zeros after the last.
 
     Returns:
-        J, shape (K, P), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.
+        J, shape (K, P + padding), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.
         Cost: K backward passes, K x P numbers.
     """
     sizes = [p.numel() for p in parameters]
-    rows = (workspace or Workspace()).matrix(len(losses), sum(sizes), parameters[0])
+    rows = (workspace or Workspace()).matrix(len(losses), sum(sizes) + padding, parameters[0])
+    rows[:, sum(sizes) :] = 0
     extra: list[list[Tensor | None]] = []
     for k, loss in enumerate(losses):
         mine = list(own[k]) if own is not None else []

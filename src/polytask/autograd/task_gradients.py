@@ -31,6 +31,14 @@ class TaskGradients(ABC):
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
         """The gradients as the rows of a matrix."""
 
+    @abstractmethod
+    def select(self, kept: list[int]) -> TaskGradients:
+        """The gradients of some of the tasks."""
+
+    def mine(self, direction: Float[Tensor, " everywhere"]) -> Float[Tensor, " coordinates"]:
+        """What this process passes on of a direction in the coordinates of :meth:`rows`."""
+        return direction
+
 
 class DenseGradients(TaskGradients):
     """Gradients that are the rows of a matrix."""
@@ -46,6 +54,9 @@ class DenseGradients(TaskGradients):
 
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
         return self._rows
+
+    def select(self, kept: list[int]) -> DenseGradients:
+        return DenseGradients(self._rows[kept])
 
 
 class LinearGradients(TaskGradients):
@@ -91,3 +102,6 @@ class LinearGradients(TaskGradients):
 
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
         return torch.stack([(self._D[:, c] @ self._W[c]).flatten() for c in self._columns])
+
+    def select(self, kept: list[int]) -> LinearGradients:
+        return LinearGradients(self._D, self._W, [self._columns[k] for k in kept])

@@ -16,10 +16,10 @@ of kernels, and it costs a step its only synchronisation.
 from __future__ import annotations
 
 import copy
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.autograd import Workspace, gramian
+from polytask.autograd import Processes, Workspace, gramian
+from polytask.balancing.observation import Observation
 from polytask.errors import InputError
 from polytask.linalg import DOUBLE, SINGLE
 
@@ -44,26 +45,8 @@ class BaseOptions(TypedDict, total=False):
 
     preference: Preference
     log_losses: bool
+    every: int
     seed: int
-
-
-@dataclass
-class Observation:
-    """What the last step saw: the raw material of logs and diagnoses.
-
-    Attributes:
-        tasks: the tasks that were present.
-        losses: their losses, shape (tasks,), as given to the balancer, detached.
-        weights: the coefficients of the combination, shape (tasks,), or None where the direction is not a combination.
-        gramian: inner products of the task gradients, shape (tasks, tasks), float64, or None where no gradient was looked at.
-        level: ``values``, ``representation`` or ``exact``: where those gradients were taken.
-    """
-
-    tasks: tuple[str, ...]
-    losses: Tensor
-    weights: Tensor | None
-    gramian: Tensor | None
-    level: str
 
 
 class Balancer(ABC):
@@ -73,6 +56,9 @@ class Balancer(ABC):
         preference: positive importance of each task, by position or by name; ones when omitted. Only its direction matters.
         log_losses: balance log L instead of L (all losses must be positive): a scale-free start for any method. Without effect on the
             methods that take logarithms themselves.
+        every: ask the method at every so many steps only and use its last weights between, as long as the same tasks are present: such
+            a step costs what a plain one does. A method that returns no weights keeps the combination of gradients nearest to its
+            direction. Without effect on methods that need the values of the losses only, whose weights cost nothing.
         seed: seeds the method's own random generator, whose state is part of ``state_dict``.
 
     Attributes:
@@ -81,6 +67,8 @@ class Balancer(ABC):
         state: everything that must survive a restart: tensors, arrays, numbers, by name.
         observation: what the last step saw.
         workspace: memory for the task gradients, kept between steps.
+        branches: balancers like this one for further groups of shared parameters; see :meth:`branch`.
+        agreed_in: the group of processes whose balancers have the same state and random numbers.
     """
 
     needs: ClassVar[str]
@@ -88,17 +76,25 @@ class Balancer(ABC):
     needs_second_evaluation: ClassVar[bool] = False
     takes_logarithms: ClassVar[bool] = False
 
-    def __init__(self, *, preference: Preference = None, log_losses: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self, *, preference: Preference = None, log_losses: bool = False, every: int = 1, seed: int = 0
+    ) -> None:
         if preference is not None:
             values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
             if not values or not all(np.isfinite(v) and v > 0 for v in values):
                 raise InputError(f"a preference vector holds one positive number a task, not {values}")
+        if not (isinstance(every, int) and every >= 1):
+            raise InputError(f"weights are found anew at every 1, 2, 3 ... steps, not every={every!r}")
         self.preference = preference
         self.log_losses = log_losses
+        self.every, self.seed = every, seed
         self.rng = np.random.default_rng(seed)
         self.tasks: tuple[str, ...] | None = None
         self.active: npt.NDArray[np.intp] = np.empty(0, dtype=np.intp)
         self.state: dict[str, Any] = {}
+        self.kept: dict[str, Any] = {"weights": None, "steps_left": 0}
+        self.branches: dict[str, Balancer] = {}
+        self.agreed_in: Any = None
         self.observation: Observation | None = None
         self.workspace = Workspace()
 
@@ -152,11 +148,56 @@ class Balancer(ABC):
         importance = self.importance
         return np.asarray(importance * (len(importance) / importance.sum()))
 
+    def reuse(self) -> Vector | None:
+        """With ``every``: the weights of an earlier step, shape (active,), where they serve this one too, which then counts as a step."""
+        weights = self.kept["weights"]
+        if self.kept["steps_left"] == 0 or set(np.flatnonzero(~np.isnan(weights))) != set(self.active):
+            return None
+        self.kept["steps_left"] -= 1
+        return np.asarray(weights[self.active])
+
+    def keep(self, weights: Vector) -> None:
+        """Remember the weights of the active tasks for the steps up to the next time the method is asked."""
+        if self.every > 1 and self.tasks is not None:
+            remembered = np.full(len(self.tasks), np.nan)
+            remembered[self.active] = weights
+            self.kept = {"weights": remembered, "steps_left": self.every - 1}
+
+    def branch(self, key: str) -> Balancer:
+        """The balancer, with state and generator of its own, of a further group of shared parameters; bound to the same tasks."""
+        assert self.tasks is not None
+        if key not in self.branches:
+            new = self._copy()
+            new.rng = np.random.default_rng([self.seed, zlib.crc32(key.encode())])
+            new.bind(self.tasks)
+            self.branches[key] = new
+        return self.branches[key]
+
+    def _copy(self) -> Self:
+        """One with the same options and nothing seen."""
+        new = copy.copy(self)
+        new.tasks, new.state, new.branches, new.observation = None, {}, {}, None
+        new.kept, new.workspace, new.rng = {"weights": None, "steps_left": 0}, Workspace(), np.random.default_rng()
+        return new
+
     def begin_epoch(self) -> None:  # noqa: B027
         """Told by the training loop at the start of each epoch; for methods that work on epoch means."""
 
-    def after_step(self, losses: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Told the losses of the same batch after the optimizer's step, where ``needs_second_evaluation`` asks for them."""
+    def after_step(self, losses: Mapping[str, Tensor], counts: Mapping[str, float | Tensor] | None = None) -> None:
+        """Told the losses of the same batch after the optimizer's step, where ``needs_second_evaluation`` asks for them.
+
+        Where processes share the batch, each tells its own, of the same tasks, and their means by ``counts`` (labelled examples; equal
+        when omitted) are learnt from.
+        """
+        if self.agreed_in is not None and losses:
+            mine = torch.stack([v.detach().reshape(()) for v in losses.values()])
+            number = torch.tensor([1.0 if counts is None else float(counts[n]) for n in losses]).to(mine)
+            total, number = Processes(self.agreed_in).sum_(torch.stack([mine * number, number]))
+            losses = {n: t / c for n, t, c in zip(losses, total, number, strict=True) if c > 0}
+        self.look_again(losses)
+
+    def look_again(self, losses: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Learn from the losses of the same batch after the optimizer's step, shape () each, of all processes."""
 
     def transform(self, losses: Float[Tensor, "*tasks"]) -> Float[Tensor, "*tasks"]:
         """What is balanced, elementwise: L, or log L with ``log_losses``."""
@@ -168,8 +209,11 @@ class Balancer(ABC):
         """Everything that a restarted run needs: tasks, state, generator. Tensors, arrays, numbers and strings only."""
         return {
             "tasks": list(self.tasks) if self.tasks is not None else None,
+            "seed": self.seed,
             "rng": copy.deepcopy(self.rng.bit_generator.state),
             "state": copy.deepcopy(self.state),
+            "kept": copy.deepcopy(self.kept),
+            "branches": {key: b.state_dict() for key, b in self.branches.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,6 +221,11 @@ class Balancer(ABC):
         self.tasks = tuple(state["tasks"]) if state["tasks"] is not None else None
         self.rng.bit_generator.state = copy.deepcopy(state["rng"])
         self.state = copy.deepcopy(dict(state["state"]))
+        self.kept = copy.deepcopy(dict(state["kept"]))
+        self.seed = state["seed"]
+        self.branches = {key: self._copy() for key in state["branches"]}
+        for key, branch in self.branches.items():
+            branch.load_state_dict(state["branches"][key])
 
     def __repr__(self) -> str:
         shown = {n: getattr(self, n) for n in self.method.options if n not in ("seed",) and hasattr(self, n)}
@@ -258,6 +307,9 @@ class GramianWeighting(Balancer):
     def weights_of(self, C: Matrix, losses: Vector | None, precision: float = SINGLE) -> Vector:
         """:meth:`weights` on NumPy arrays, for the active tasks, from gradients multiplied in single precision or the given one."""
         self.precision = precision
+        kept_weights = self.reuse()
+        if kept_weights is not None:
+            return kept_weights
         if not np.isfinite(C).all():
             bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
             names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad.tolist()
@@ -265,7 +317,7 @@ class GramianWeighting(Balancer):
         nonzero = np.diag(C) > 0
         w = np.zeros(len(C))
         if not nonzero.any():
-            return w + self.p
+            return np.asarray(w + self.p)
         everyone, kept = self.active, np.flatnonzero(nonzero)
         self.mean_square = float(np.diag(C)[kept].mean())
         self.active = everyone[kept]
@@ -274,6 +326,7 @@ class GramianWeighting(Balancer):
             w[kept] = solved * self.mean_square**self.degree
         finally:
             self.active = everyone
+        self.keep(w)
         return w
 
     def direction(
@@ -318,9 +371,26 @@ class GradientAggregator(Balancer):
         if jacobian.ndim != 2:
             raise InputError(f"a Jacobian has one row a task, not shape {tuple(jacobian.shape)}")
         self._bind_count(len(jacobian))
+        kept = self.reuse()
+        if kept is not None:
+            return torch.from_numpy(kept).to(jacobian) @ jacobian
         finite = torch.isfinite(jacobian).all(1)
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
             names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad
             raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
-        return self.aggregate(jacobian.detach(), None if losses is None else losses.detach())
+        J = jacobian.detach()
+        d = self.aggregate(J, None if losses is None else losses.detach())
+        if self.every > 1:
+            self.keep(_nearest_combination(J, d))
+        return d
+
+
+def _nearest_combination(J: Float[Tensor, "tasks coordinates"], d: Float[Tensor, " coordinates"]) -> Vector:
+    """The weights w that make w @ J least different from d, for gradients each measured by its own length."""
+    C = gramian(J).cpu().numpy()
+    size = np.sqrt(np.diag(C))
+    size[size == 0] = 1.0
+    wide = torch.promote_types(J.dtype, torch.float32)
+    products = (J.to(wide) @ d.to(wide)).double().cpu().numpy()
+    return np.asarray(np.linalg.lstsq(C / np.outer(size, size), products / size, rcond=1e-10)[0] / size)

@@ -37,6 +37,28 @@ class StepRecord:
     norms: Tensor | None
 
 
+@dataclass(frozen=True)
+class Counts:
+    """Labelled rows of a step, shape (pieces, tasks), float64.
+
+    Attributes:
+        here: in this process.
+        everywhere: in all of them.
+    """
+
+    here: Tensor
+    everywhere: Tensor
+
+    @property
+    def shares(self) -> Tensor:
+        """Of the step's labelled rows, those of each piece of this process, shape (pieces, tasks)."""
+        return self.here / self.everywhere.sum(0).clamp_min(1)
+
+    def of_piece(self, i: int) -> Tensor:
+        """What the mean loss over a piece, of all processes, is multiplied by so that the mean over pieces is the step's loss."""
+        return self.everywhere[i] * (len(self.everywhere) / self.everywhere.sum(0).clamp_min(1))
+
+
 class Stepper:
     """Takes optimizer steps.
 
@@ -77,13 +99,14 @@ class Stepper:
             (to_device(inputs, self.accelerator.device), to_device(targets, self.accelerator.device))
             for inputs, targets in pieces
         ]
-        shares = self._shares(pieces)
+        counts = self._counts(pieces)
+        shares = None if counts is None else [dict(zip(self.tasks, row, strict=True)) for row in counts.shares.tolist()]
         self._update.zero_grad()
         generators: list[Tensor] = []
         if (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
             losses, observation = self._accumulate(pieces, shares, generators)
         else:
-            losses, observation = self._piecewise(pieces, shares, generators, number % self.config.norms_every == 0)
+            losses, observation = self._piecewise(pieces, counts, generators, number % self.config.norms_every == 0)
         if observation is None:
             return None
         self._clip()
@@ -96,20 +119,18 @@ class Stepper:
             tuple(losses), torch.stack(list(losses.values())), observation.tasks, observation.weights, norms
         )
 
-    def _shares(self, pieces: Sequence[Batch]) -> list[dict[str, float]] | None:
-        """For each micro-batch and task its share of the step's labelled rows, over all processes; None where there is one piece."""
+    def _counts(self, pieces: Sequence[Batch]) -> Counts | None:
+        """The labelled rows of the step; None where there is but one piece of it."""
         if len(pieces) == 1 and self.processes == 1:
             return None
         none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        counts = torch.stack(
+        here = torch.stack(
             [
                 torch.stack([t.kind.labelled(y[n]).sum() if n in y else none for n, t in self.tasks.items()])
                 for _, y in pieces
             ]
         ).double()
-        total = self.accelerator.reduce(counts.sum(0), "sum")
-        share = (counts / total.clamp_min(1)).tolist()
-        return [dict(zip(self.tasks, row, strict=True)) for row in share]
+        return Counts(here, self.accelerator.reduce(here.clone(), "sum"))
 
     def _exact(self, piece: Batch) -> bool:
         """Whether gradients are taken at the parameters, so that pieces can be added up before they are balanced."""
@@ -125,24 +146,29 @@ class Stepper:
         return not self._has_features
 
     def _losses(
-        self, model: torch.nn.Module, piece: Batch, shares: dict[str, float] | None, times: float
+        self, model: torch.nn.Module, piece: Batch, factors: dict[str, float] | None, idle: bool = False
     ) -> dict[str, Tensor]:
-        losses = self.tasks.losses(model(piece[0], tasks=tuple(self.tasks)), piece[1])
-        return losses if shares is None else {n: loss * (shares[n] * times) for n, loss in losses.items()}
+        """The losses of a piece, each times its factor; with ``idle`` zeros, with graph, for tasks without label."""
+        outputs = model(piece[0], tasks=tuple(self.tasks))
+        losses = self.tasks.losses(outputs, piece[1])
+        if factors is not None:
+            losses = {n: loss * factors[n] for n, loss in losses.items()}
+        return {n: losses[n] if n in losses else outputs[n].sum() * 0.0 for n in self.tasks} if idle else losses
 
     def _piecewise(
-        self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor], observe: bool
+        self, pieces: Sequence[Batch], counts: Counts | None, generators: list[Tensor], observe: bool
     ) -> tuple[dict[str, Tensor], Observation | None]:
         """Balance every micro-batch on its own and take the mean of the gradients; each loss is scaled to be unbiased for the step's."""
         total: dict[str, Tensor] = {}
         observation: Observation | None = None
-        times = float(len(pieces) * self.processes)
+        several = self.processes > 1
         for i, piece in enumerate(pieces):
             self._remember(generators)
+            factors = None if counts is None else dict(zip(self.tasks, counts.of_piece(i).tolist(), strict=True))
             last = i + 1 == len(pieces)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                losses = self._losses(self.model, piece, shares[i] if shares else None, times)
-                if losses:
+                losses = self._losses(self.model, piece, factors, idle=several)
+                if losses and (counts is None or bool(counts.everywhere[i].any())):
                     observation = backward(
                         losses,
                         shared=self._shared(losses),
@@ -151,8 +177,15 @@ class Stepper:
                         level=self.config.level,
                         scaler=self.accelerator.scaler,
                         observe=observe,
+                        counts=dict(zip(self.tasks, counts.here[i].tolist(), strict=True))
+                        if counts and several
+                        else None,
                     )
-            for n, loss in losses.items():
+            labelled = (
+                losses if counts is None else [n for n, c in zip(self.tasks, counts.here[i].tolist(), strict=True) if c]
+            )
+            for n in labelled:
+                loss = losses[n]
                 total[n] = total[n] + loss.detach() / len(pieces) if n in total else loss.detach() / len(pieces)
         if len(pieces) > 1:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
@@ -168,7 +201,7 @@ class Stepper:
         whole = Accumulation(self.balancer, tuple(self.tasks), self.module.shared_parameters(), scale)
         for i, piece in enumerate(pieces):
             self._remember(generators)
-            whole.add(self._losses(self.module, piece, shares[i] if shares else None, 1.0))
+            whole.add(self._losses(self.module, piece, shares[i] if shares else None))
         if self.processes > 1:
             whole.reduce()
         if not bool(whole.present.any()):
@@ -214,12 +247,14 @@ class Stepper:
         """The same batch with the same dropout masks after the update; of several pieces balanced apart, the last."""
         whole = len(pieces) > 1 and self._exact(pieces[0])
         first = 0 if whole else len(pieces) - 1
-        times = 1.0 if whole else float(len(pieces) * self.processes)
+        # the balancer takes the mean over processes
+        times = float(self.processes if whole else len(pieces) * self.processes)
         total: dict[str, Tensor] = {}
         with torch.random.fork_rng():
             for i in range(first, len(pieces)):
                 torch.set_rng_state(generators[i])
-                for n, loss in self._losses(self.module, pieces[i], shares[i] if shares else None, times).items():
+                factors = {n: share * times for n, share in shares[i].items()} if shares else None
+                for n, loss in self._losses(self.module, pieces[i], factors, idle=self.processes > 1).items():
                     total[n] = total[n] + loss if n in total else loss
         self.balancer.after_step(total)
 

@@ -1,0 +1,281 @@
+"""Balancing exact gradients at the parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from polytask.autograd import (
+    DenseGradients,
+    Processes,
+    SlicedGradients,
+    TaskGradients,
+    jacobian,
+    layerwise_gramian,
+    leaves,
+)
+from polytask.autograd.layerwise import UnsupportedGraphError, streaming_pays
+from polytask.balancing.base import Balancer, GramianWeighting, Observation
+from polytask.balancing.losses import Step
+from polytask.balancing.weighing import remaining, reused, unusable, weigh, weigh_gramian
+from polytask.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# a Jacobian of more bytes than this is not held where the method needs its Gramian only
+STREAM_ABOVE = 2**28
+
+Parameters = Iterable[Tensor] | nn.Module
+Shared = Parameters | Mapping[str, Parameters] | None
+
+
+@dataclass
+class Group:
+    """Shared parameters balanced together, among the tasks that touch them.
+
+    Attributes:
+        key: its name; None for the group that the balancer itself serves, the others having branches of it.
+        members: positions of the tasks among those present.
+        parameters: what they share.
+    """
+
+    key: str | None
+    members: list[int]
+    parameters: list[Tensor]
+
+    @property
+    def size(self) -> int:
+        """The number of coordinates."""
+        return sum(p.numel() for p in self.parameters)
+
+
+def exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
+    """Fill ``.grad`` from gradients of single losses at the parameters."""
+    reached = [leaves(loss, complete=True) for loss in step.scalars]
+    groups, own = partition(step.names, len(step.names) == len(balancer.tasks or ()), reached, shared)
+    if not groups:
+        return _plain(step, own)
+    whole = len(groups) == 1 and groups[0].key is None and len(groups[0].members) == len(step.names)
+    if whole:
+        weights = balancer.reuse()
+        if weights is not None:
+            return _weighted(*reused(weights, step, "exact"), step, groups[0].parameters, own)
+        if isinstance(balancer, GramianWeighting) and step.processes is None and _streams(step, groups[0]):
+            try:
+                return _streamed(balancer, step, groups[0].parameters, own)
+            except UnsupportedGraphError as error:
+                logger.info("the Gramian cannot be streamed (%s): the Jacobian is held", error)
+        return _by_jacobian(balancer, step, groups[0].parameters, own)
+    return _by_groups(balancer, step, groups, own)
+
+
+def partition(
+    names: Sequence[str], complete: bool, reached: list[list[Tensor]], shared: Shared
+) -> tuple[list[Group], list[list[Tensor]]]:
+    """The groups of shared parameters, and for each loss the parameters that are in none of them.
+
+    Args:
+        names: the tasks present.
+        complete: whether these are all tasks.
+        reached: for each task, the leaves of its loss.
+        shared: as given to :func:`polytask.backward`.
+    """
+    readers: dict[int, list[int]] = {}
+    for k, mine in enumerate(reached):
+        for p in mine:
+            readers.setdefault(id(p), []).append(k)
+    everyone = list(range(len(names)))
+    if shared is None:
+        by_readers: dict[tuple[int, ...], list[Tensor]] = {}
+        for p in {id(p): p for mine in reached for p in mine}.values():
+            if len(readers[id(p)]) > 1:
+                by_readers.setdefault(tuple(readers[id(p)]), []).append(p)
+        groups = [
+            Group(None if list(who) == everyone else " ".join(names[k] for k in who), list(who), parameters)
+            for who, parameters in by_readers.items()
+        ]
+    elif isinstance(shared, Mapping):
+        groups = _named_groups(shared, readers, complete)
+    else:
+        groups = [Group(None, everyone, _trainable(shared))]
+        _check_shared(groups[0].parameters, readers, names, complete)
+    belongs = {id(p) for g in groups for p in g.parameters}
+    return groups, [[p for p in mine if id(p) not in belongs] for mine in reached]
+
+
+def _named_groups(shared: Mapping[str, Parameters], readers: Mapping[int, list[int]], complete: bool) -> list[Group]:
+    groups = []
+    listed: dict[int, str] = {}
+    for number, (key, parameters) in enumerate(shared.items()):
+        mine = _trainable(parameters)
+        for p in mine:
+            if id(p) in listed:
+                raise InputError(
+                    f"a parameter of shape {tuple(p.shape)} is listed in the groups {listed[id(p)]!r} and {key!r}"
+                )
+            listed[id(p)] = key
+        members = sorted({k for p in mine for k in readers.get(id(p), ())})
+        if not members and complete:
+            raise InputError(f"no loss reaches any of the shared parameters of the group {key!r}")
+        if members:
+            groups.append(Group(None if number == 0 else key, members, mine))
+    return groups
+
+
+def _trainable(parameters: Parameters) -> list[Tensor]:
+    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+    return [p for p in given if p.requires_grad]
+
+
+def _check_shared(
+    parameters: list[Tensor], readers: Mapping[int, list[int]], names: Sequence[str], complete: bool
+) -> None:
+    if not any(id(p) in readers for p in parameters):
+        raise InputError("no loss reaches any of the shared parameters: is this the model that made the losses?")
+    if not complete:
+        return
+    lonely = [i for i, p in enumerate(parameters) if id(p) not in readers]
+    if lonely:
+        shapes = ", ".join(f"number {i} of shape {tuple(parameters[i].shape)}" for i in lonely[:3])
+        raise InputError(f"no loss reaches shared parameter {shapes}: take it out of shared=, or freeze it")
+    single = [(i, readers[id(p)][0]) for i, p in enumerate(parameters) if len(readers[id(p)]) == 1]
+    if len(names) > 1 and single:
+        i, k = single[0]
+        raise InputError(
+            f"shared parameter number {i} of shape {tuple(parameters[i].shape)} is not shared: only the loss of {names[k]!r} reaches it"
+        )
+
+
+def _plain(step: Step, own: list[list[Tensor]]) -> Observation:
+    """Nothing is shared: every loss to its own parameters."""
+    heads = _distinct(own)
+    _add(heads, list(torch.autograd.grad(step.total, heads, allow_unused=True)), step.processes)
+    return Observation(tuple(step.names), step.values, torch.ones_like(step.values), None, "exact", step.skipped)
+
+
+def _streams(step: Step, group: Group) -> bool:
+    n_bytes = len(step.names) * sum(p.numel() * p.element_size() for p in group.parameters)
+    return n_bytes > STREAM_ABOVE or streaming_pays(step.scalars, group.parameters)
+
+
+def _streamed(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> Observation:
+    """The Gramian without the Jacobian, then one backward pass of the weighted losses."""
+    C = layerwise_gramian(step.scaled_losses, parameters) / step.scale**2
+    finite = torch.isfinite(C.diagonal()).tolist()
+    if not all(finite):  # which tasks to leave out, if any, is decided where all gradients are at hand
+        return _by_jacobian(balancer, step, parameters, own)
+    return _weighted(*weigh_gramian(balancer, C, step, "exact"), step, parameters, own)
+
+
+def _weighted(
+    w: Tensor, seen: Observation, step: Step, parameters: list[Tensor], own: list[list[Tensor]]
+) -> Observation:
+    """One backward pass of the weighted losses, and each loss to its own parameters."""
+    heads = _distinct(own)
+    its = list(torch.autograd.grad(step.total, heads, retain_graph=True, allow_unused=True)) if heads else []
+    weighted = (w.to(step.scalars[0]) * torch.stack(step.scaled_losses)).sum()
+    common = list(torch.autograd.grad(weighted, parameters, allow_unused=True))
+    if seen.gramian is None and unusable([g for g in [*its, *common] if g is not None], step):
+        return step.not_taken("exact", ())
+    _add(heads, its, step.processes)
+    _add(parameters, common, step.processes)
+    return seen
+
+
+def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> Observation:
+    """All gradients of single losses in one buffer."""
+    P = sum(p.numel() for p in parameters)
+    processes = step.processes
+    padding = processes.padded(P) - P if processes else 0
+    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace, padding=padding)
+    gradients: TaskGradients = SlicedGradients(rows, P, processes) if processes else DenseGradients(rows)
+    direction, seen = weigh(balancer, gradients, step, "exact")
+    if direction is None:
+        return seen
+    _add_flat(parameters, direction)
+    _add_own(own, extra, step, seen)
+    return seen
+
+
+def _by_groups(balancer: Balancer, step: Step, groups: list[Group], own: list[list[Tensor]]) -> Observation:
+    """Each group of parameters in a direction of its own, from one Jacobian."""
+    parameters = [p for g in groups for p in g.parameters]
+    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace)
+    wrong = (~torch.isfinite(rows)).any(1).int()
+    if step.processes is not None:
+        step.processes.sum_(wrong)
+    bad = [n for n, w in zip(step.names, wrong.tolist(), strict=True) if w]
+    kept = remaining(bad, step)
+    if bad and step.scaled:
+        _add_flat(parameters, torch.full_like(rows[0], torch.nan))
+    if bad and not kept:
+        return step.not_taken("exact", bad)
+    fewer = step.some([step.names[k] for k in kept])
+    fewer.skipped = (*step.skipped, *bad)
+    place = {k: i for i, k in enumerate(kept)}
+    start, seen, directions = 0, {}, []
+    for g in groups:
+        columns = rows[:, start : start + g.size]
+        start += g.size
+        members = [k for k in g.members if k in place]
+        if not members:
+            continue
+        some = fewer.some([step.names[k] for k in members])
+        served = balancer if g.key is None else balancer.branch(g.key)
+        served.bind(some.names)
+        mine = columns if len(members) == len(rows) else columns[members]
+        direction, seen[g.key or ""] = weigh(served, _averaged(mine, step.processes), some, "exact")
+        assert direction is not None
+        directions.append((g.parameters, direction))
+    for its, direction in directions:
+        _add_flat(its, direction)
+    widest = max(seen, key=lambda key: len(seen[key].tasks))
+    observation = replace(seen.get("", seen[widest]), groups={key or " ".join(o.tasks): o for key, o in seen.items()})
+    _add_own(own, extra, step, observation)
+    return observation
+
+
+def _averaged(rows: Tensor, processes: Processes | None) -> TaskGradients:
+    if processes is None:
+        return DenseGradients(rows)
+    n = rows.shape[1]
+    return SlicedGradients(nn.functional.pad(rows, (0, processes.padded(n) - n)), n, processes)
+
+
+def _add_own(own: list[list[Tensor]], extra: list[list[Tensor | None]], step: Step, seen: Observation) -> None:
+    """The gradients of the parameters that belong to single tasks, those left out excepted."""
+    total: dict[Tensor, Tensor] = {}
+    for name, mine, gradients in zip(step.names, own, extra, strict=True):
+        if name in seen.skipped and seen.taken:
+            continue
+        for p, g in zip(mine, gradients, strict=True):
+            if g is not None:
+                total[p] = total[p] + g if p in total else g
+    _add(list(total), list(total.values()), step.processes)
+
+
+def _add_flat(parameters: list[Tensor], direction: Tensor) -> None:
+    pieces = torch.split(direction, [p.numel() for p in parameters])
+    _add(parameters, [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)], None)
+
+
+def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], processes: Processes | None) -> None:
+    """Add to ``.grad``: the mean over processes, where there are several."""
+    if processes is not None and parameters:
+        flat = torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
+        )
+        _add_flat(list(parameters), processes.sum_(flat) / processes.size)
+        return
+    for p, g in zip(parameters, gradients, strict=True):
+        if g is not None:
+            p.grad = g.detach().clone() if p.grad is None else cast(Any, p.grad) + g
+
+
+def _distinct(own: list[list[Tensor]]) -> list[Tensor]:
+    return list({id(p): p for mine in own for p in mine}.values())
