@@ -233,6 +233,38 @@ class TestScalarizations:
             self.value("pbi", ideal=[0.0, 1.0])
 
 
+class TestGO4Align:
+    def test_without_history_weights_undo_the_losses(self):
+        assert weights(make("go4align", groups=3, eta=0.0)) == pytest.approx((L.sum() / (3 * L)).tolist())
+
+    def test_history_leans_towards_small_losses(self):
+        b = make("go4align", groups=3, eta=0.1)
+        weights(b, L)
+        q = torch.softmax(-0.1 * 3 * L, 0)
+        assert weights(b, 2 * L) == pytest.approx((q * L.sum() / L).tolist())
+
+    def test_groups_share_their_mean(self):
+        losses = torch.tensor([1.0, 4.0, 1.1, 3.8], dtype=torch.float64)
+        u = losses.sum() / (4 * losses)
+        near, far = float(u[[0, 2]].mean()), float(u[[1, 3]].mean())
+        assert weights(make("go4align", groups=2, eta=0.0), losses) == pytest.approx([near, far, near, far])
+        assert weights(make("go4align", groups=1, eta=0.0), losses) == pytest.approx([float(u.mean())] * 4)
+
+    def test_groups_are_the_best_of_all_partitions(self):
+        rng = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            losses = torch.rand(6, generator=rng, dtype=torch.float64) + 0.1
+            u = losses.sum() / (6 * losses)
+            w = torch.tensor(weights(make("go4align", groups=2, eta=0.0), losses))
+            found = float(((u - w) ** 2).sum())
+            splits = [[i for i in range(6) if mask >> i & 1] for mask in range(1, 63)]
+            rest = [[i for i in range(6) if i not in s] for s in splits]
+            best = min(
+                sum(float(((u[g] - u[g].mean()) ** 2).sum()) for g in pair) for pair in zip(splits, rest, strict=True)
+            )
+            assert found == pytest.approx(best, abs=1e-12)
+
+
 class TestFurtherWeightings:
     def test_igb_measures_by_the_base_epoch(self):
         w = epochs(make("igb", base_epoch=1), [L, 2 * L, L * torch.tensor([1.0, 2.0, 3.0])])
