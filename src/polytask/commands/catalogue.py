@@ -25,7 +25,18 @@ def methods(
         print_json([describe(m) for m in found])
         return
     rows = [[m.name, m.family, m.needs, m.paper, m.summary] for m in found]
-    out().print(table(["name", "family", "needs", ("paper", {"no_wrap": True}), "what it does"], rows))
+    out().print(
+        table(
+            [
+                ("name", {"no_wrap": True}),
+                "family",
+                "needs",
+                ("paper", {"max_width": 24, "overflow": "fold"}),
+                "what it does",
+            ],
+            rows,
+        )
+    )
 
 
 def describe(method: Any) -> dict[str, Any]:
