@@ -49,15 +49,19 @@ def method_page(method: registry.Method) -> str:
       show_bases: false
       show_signature: false
 
-```python
-polytask.backward(losses, balancer="{method.name}")
-```
-
+{usage(method)}
 ??? "The whole file"
     ```python
 {"".join("    " + line for line in source.splitlines(keepends=True))}
     ```
 """
+
+
+def usage(method: registry.Method) -> str:
+    """The one line that uses a balancing method; other families are described by their docstrings alone."""
+    if method.family != "balancing":
+        return ""
+    return f'```python\npolytask.backward(losses, balancer="{method.name}")\n```\n'
 
 
 def methods_pages() -> None:

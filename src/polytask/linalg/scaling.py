@@ -14,7 +14,7 @@ SINGLE = float(np.finfo(np.float32).eps)
 
 def ridge(tasks: int, precision: float) -> float:
     """What added to the unit diagonal outweighs the rounding of a correlation matrix: an upper estimate of its error's norm."""
-    return max(1e-13 * tasks, 2 * precision * float(tasks) ** 0.5)
+    return max(1e-13 * tasks, 2 * precision * float(np.sqrt(tasks)))
 
 
 def correlation(C: Matrix) -> tuple[Matrix, Vector]:
