@@ -58,13 +58,15 @@ class GradVac(GramianWeighting):
         if self.order == "random":
             orders = self.rng.permuted(orders, axis=1)
         A, H = np.eye(k), C.copy()  # coefficients of every corrected gradient, its products with the original ones
+        squares = np.diag(C).copy()
         for j in orders.T:
-            length = np.sqrt(np.maximum((A * H).sum(1), 0.0))
-            phi = np.clip(H[rows, j] / np.maximum(length * n[j], np.finfo(float).tiny), -1.0, 1.0)
+            product, length = H[rows, j], np.sqrt(np.maximum(squares, 0.0))
+            phi = np.clip(product / np.maximum(length * n[j], np.finfo(float).tiny), -1.0, 1.0)
             target = np.minimum(rho[rows, j], 1 - 1e-12)
             sine = np.sqrt(1 - target**2)
             raised = length * (target * np.sqrt(1 - phi**2) - phi * sine) / (n[j] * sine)
             raised[(phi >= target) | (j == rows)] = 0.0
+            squares += raised * (2 * product + raised * n[j] ** 2)
             A[rows, j] += raised
             H += raised[:, None] * C[j]
             rho[rows, j] += np.where(j == rows, 0.0, self.beta * (phi - rho[rows, j]))
