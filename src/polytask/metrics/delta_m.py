@@ -45,21 +45,25 @@ class DeltaM:
     excluded: tuple[tuple[str, str], ...]
 
 
-def relative_gain(values: npt.ArrayLike, reference: npt.ArrayLike, higher_is_better: npt.ArrayLike) -> Floats:
+def relative_gain(
+    values: npt.ArrayLike, reference: npt.ArrayLike, higher_is_better: npt.ArrayLike, floor: npt.ArrayLike = 0.0
+) -> Floats:
     """The gain of each value over its reference, in percent, higher is better.
 
     Args:
         values: any shape; its last axis usually runs over metrics.
         reference: broadcast against ``values``.
         higher_is_better: booleans, broadcast against ``values``.
+        floor: the least number to divide by, broadcast against ``values``. A log loss that falls from 0.003 to 0.002 has not
+            improved by a third in any sense that matters beside other tasks; 0 is the literature's definition.
 
     Returns:
         The broadcast shape. 0 where value and reference are both 0; NaN where only the reference is (at most 1e-9 of
         the value).
     """
-    m, b = np.broadcast_arrays(np.asarray(values, dtype=np.float64), np.asarray(reference, dtype=np.float64))
+    m, b, least = np.broadcast_arrays(*(np.asarray(a, dtype=np.float64) for a in (values, reference, floor)))
     sign = np.where(np.asarray(higher_is_better, dtype=bool), 1.0, -1.0)
-    size = np.abs(b)
+    size = np.maximum(np.abs(b), least)
     usable = size > ZERO * np.abs(m)
     gain = 100.0 * sign * (m - b) / np.where(usable, size, 1.0)
     return np.where(usable, gain, np.where((m == 0) & (b == 0), 0.0, np.nan))

@@ -113,17 +113,26 @@ def metrics_of(tasks: Tasks, outputs: Mapping[str, Tensor], targets: Mapping[str
 def constant_loss(task: Task, output: Float[Tensor, "rows *outputs"], target: Tensor) -> float | None:
     """The mean loss of the best constant raw output on the labelled rows: what a model without features reaches.
 
-    Found by L-BFGS from zero, which serves every kind and every own loss alike; ``output`` gives the shape only.
+    ``output`` gives the shape only; None without labels.
+    """
+    found = best_constant(task, tuple(output.shape[1:]), target)
+    return None if found is None else found[1]
+
+
+def best_constant(task: Task, shape: tuple[int, ...], target: Tensor) -> tuple[Tensor, float] | None:
+    """The constant raw output with the least mean loss on the labelled rows, shape (1, *shape), and that loss.
+
+    Found by L-BFGS from zero, which serves every kind and every own loss alike; None without labels.
     """
     known = task.kind.labelled(target)
     if not bool(known.any()):
         return None
     y = target[known].double() if target.is_floating_point() else target[known]
-    constant = torch.zeros(1, *output.shape[1:], dtype=torch.float64, requires_grad=True)
+    constant = torch.zeros(1, *shape, dtype=torch.float64, requires_grad=True)
     search = torch.optim.LBFGS([constant], max_iter=50, line_search_fn="strong_wolfe")
 
     def charge() -> Tensor:
-        return (task.example_loss or task.kind.loss)(constant.expand(len(y), *output.shape[1:]), y).mean()
+        return (task.example_loss or task.kind.loss)(constant.expand(len(y), *shape), y).mean()
 
     def closure() -> float:
         search.zero_grad()
@@ -135,7 +144,9 @@ def constant_loss(task: Task, output: Float[Tensor, "rows *outputs"], target: Te
         at_zero = float(charge().detach())
         search.step(closure)  # type: ignore[no-untyped-call]
         best = float(charge().detach())
-    return max(min(best, at_zero), LEAST_REFERENCE * at_zero)
+    if not best <= at_zero:
+        constant = torch.zeros_like(constant)
+    return constant.detach(), max(min(best, at_zero), LEAST_REFERENCE * at_zero)
 
 
 def reference_losses(

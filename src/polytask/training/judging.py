@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from polytask.metrics import (
     Interval,
@@ -23,11 +24,14 @@ from polytask.metrics import (
     relative_gain,
     replicates,
 )
-from polytask.tasks import Tasks
+from polytask.tasks import Task, Tasks
+from polytask.training.evaluation import best_constant
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
 Decoded = Mapping[str, Mapping[str, Array]]
+
+LEAST_REFERENCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -39,35 +43,52 @@ class Columns:
         higher: whether higher is better.
         ratio: whether relative changes mean something: only these columns count for Delta_m.
         task_of: the task's position.
+        floor: the least reference that gains are divided by: a tenth of what the best constant prediction reaches, where lower is
+            better. Without it a task that every model solves (a log loss of 0.002 against 0.003) decides the verdict on the others.
     """
 
     pairs: tuple[tuple[str, str], ...]
     higher: npt.NDArray[np.bool_]
     ratio: npt.NDArray[np.bool_]
     task_of: npt.NDArray[np.intp]
+    floor: Floats
 
     @classmethod
-    def of(cls, tasks: Tasks) -> Columns:
-        """The columns of the tasks, in their order."""
+    def of(cls, tasks: Tasks, targets: Mapping[str, Array]) -> Columns:
+        """The columns of the tasks, in their order, for judging rows with these labels."""
         listed = [(k, name, m) for k, (name, task) in enumerate(tasks.items()) for m in task.metrics]
         return cls(
             tuple((name, m.name) for _, name, m in listed),
             np.array([m.higher_is_better for _, _, m in listed]),
             np.array([m.ratio_scale for _, _, m in listed]),
             np.array([k for k, _, _ in listed]),
+            LEAST_REFERENCE
+            * np.nan_to_num(np.concatenate([_constant_values(t, targets[n]) for n, t in tasks.items()])),
         )
 
     def delta_m(self, values: Floats, reference: Floats) -> tuple[Floats, Floats]:
         """Delta_m over tasks and over metrics, in percent, higher is better: (..., columns) -> (...), (...)."""
-        gains = relative_gain(values[..., self.ratio], reference[..., self.ratio], self.higher[self.ratio])
+        kept = self.ratio
+        gains = relative_gain(values[..., kept], reference[..., kept], self.higher[kept], self.floor[kept])
         return mean_over_tasks(gains, self.task_of[self.ratio]), mean_over_metrics(gains)
 
     def gain_by_task(self, values: Floats, reference: Floats) -> Floats:
         """Mean gain of each task in percent: (columns,) -> (tasks,); NaN for a task without a metric on a ratio scale."""
-        gains = np.where(self.ratio, relative_gain(values, reference, self.higher), np.nan)
+        gains = np.where(self.ratio, relative_gain(values, reference, self.higher, self.floor), np.nan)
         return np.array(
             [float(mean_over_metrics(gains[self.task_of == k])) for k in range(int(self.task_of.max()) + 1)]
         )
+
+
+def _constant_values(task: Task, target: Array) -> Floats:
+    """What the best constant prediction reaches in every metric where lower is better; 0 elsewhere and without labels."""
+    labels = torch.as_tensor(target)
+    found = best_constant(task, (task.kind.output_size,), labels)
+    if found is None:
+        return np.zeros(len(task.metrics))
+    known = target[labelled(target)]
+    decoded = {what: t.numpy() for what, t in task.kind.decode(found[0].float().expand(len(known), -1)).items()}
+    return np.array([0.0 if m.higher_is_better else m(known, decoded) for m in task.metrics])
 
 
 def values_of(tasks: Tasks, targets: Mapping[str, Array], decoded: Decoded) -> Floats:
@@ -107,7 +128,7 @@ class Bench:
     samples: dict[str, Floats] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.columns = Columns.of(self.tasks)
+        self.columns = Columns.of(self.tasks, self.targets)
         rows = len(next(iter(self.targets.values())))
         n = affordable_replicates(rows)
         self._counts = draw_counts(rows, n, seed=self.seed, clusters=self.clusters)

@@ -51,8 +51,8 @@ class Search:
     def __init__(self, table: StudyTable, settings: Settings, workshop: Workshop, methods: list[Method]) -> None:
         self.table, self.tasks, self.settings, self.workshop = table, table.tasks, settings, workshop
         self.names = list(table.tasks)
-        self.columns = Columns.of(table.tasks)
         self.labels = table.labels("validation")
+        self.columns = Columns.of(table.tasks, self.labels)
         self.single, self.equal = references(len(self.names))
         self.asked = methods
         self.methods: list[Method] = []
