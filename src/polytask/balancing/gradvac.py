@@ -10,6 +10,8 @@ from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vecto
 from polytask.errors import InputError
 from polytask.registry import register
 
+TINY = float(np.finfo(np.float64).tiny)
+
 
 @register(
     "gradvac",
@@ -54,6 +56,8 @@ class GradVac(GramianWeighting):
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         k, rows, n = len(C), np.arange(len(C)), np.sqrt(np.diag(C))
         rho = self.state["rho"][np.ix_(self.active, self.active)]
+        target = np.minimum(rho, 1 - 1e-12)
+        sine, phi = np.sqrt(1 - target**2), np.empty((k, k))
         orders = np.tile(rows, (k, 1))
         if self.order == "random":
             orders = self.rng.permuted(orders, axis=1)
@@ -61,14 +65,14 @@ class GradVac(GramianWeighting):
         squares = np.diag(C).copy()
         for j in orders.T:
             product, length = H[rows, j], np.sqrt(np.maximum(squares, 0.0))
-            phi = np.clip(product / np.maximum(length * n[j], np.finfo(float).tiny), -1.0, 1.0)
-            target = np.minimum(rho[rows, j], 1 - 1e-12)
-            sine = np.sqrt(1 - target**2)
-            raised = length * (target * np.sqrt(1 - phi**2) - phi * sine) / (n[j] * sine)
-            raised[(phi >= target) | (j == rows)] = 0.0
+            cosine = np.maximum(np.minimum(product / np.maximum(length * n[j], TINY), 1.0), -1.0)
+            phi[rows, j] = cosine
+            wanted, s = target[rows, j], sine[rows, j]
+            raised = length * (wanted * np.sqrt(1 - cosine**2) - cosine * s) / (n[j] * s)
+            raised[(cosine >= wanted) | (j == rows)] = 0.0
             squares += raised * (2 * product + raised * n[j] ** 2)
             A[rows, j] += raised
             H += raised[:, None] * C[j]
-            rho[rows, j] += np.where(j == rows, 0.0, self.beta * (phi - rho[rows, j]))
+        rho = rho + self.beta * (phi - rho) * (1 - np.eye(k))
         self.state["rho"][np.ix_(self.active, self.active)] = rho
         return np.asarray(self.p @ A)
