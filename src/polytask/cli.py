@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from polytask import __version__
-from polytask.commands import catalogue, doctor, fit, predict, published, show
+from polytask.commands import catalogue, doctor, fit, merge, predict, published, show
 from polytask.commands.failures import EXIT_CODES, OneSentence
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def polytask(
 
 for panel, commands in {
     "Your table": (fit.demo, fit.fit, predict.predict, show.report, show.explain),
+    "Your fine-tuned models": (merge.merge,),
     "The methods and their evidence": (catalogue.methods, published.recipes, published.run, published.verify),
     "The installation": (doctor.doctor,),
 }.items():

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.errors import InputError
-from polytask.merging.base import Filter, PerExpert, Place, in_range, per_expert
+from polytask.merging.base import CHUNK, Filter, PerExpert, Place, in_range, per_expert
 from polytask.registry import register
 
 
@@ -53,10 +53,19 @@ class MagPrune(Filter):
             if rho - eps / 2 <= 0 or rho + eps / 2 >= 1:
                 raise InputError(f"keep probabilities of {rho:g} +- {eps / 2:g} leave the range between 0 and 1")
             generator = place.generator(t)
-            for row in tau.view(1, -1) if tau.ndim < 2 else tau.flatten(1):
-                rank = torch.empty_like(row)
-                rank[row.abs().argsort(stable=True)] = torch.linspace(0, 1, len(row)).to(row)
-                q = rank.mul_(eps).add_(rho - eps / 2) if len(row) > 1 else rank.fill_(rho)
+            rows = tau.view(1, -1) if tau.ndim < 2 else tau.flatten(1)
+            n = rows.shape[1]
+            at_rank = torch.linspace(rho - eps / 2, rho + eps / 2, n, dtype=D.dtype) if n > 1 else D.new_full((n,), rho)
+            for block in rows.split_with_sizes(_blocks(rows)):
+                order = block.abs().argsort(dim=1, stable=True)
+                q = torch.empty_like(block).scatter_(1, order, at_rank.expand_as(block))
                 mask = torch.bernoulli(q, generator=generator)
-                row.mul_(mask.div_(q) if self.rescale else mask)
+                block.mul_(mask.div_(q) if self.rescale else mask)
         return D
+
+
+def _blocks(rows: Tensor) -> list[int]:
+    # as many rows at a time as fit into the scratch memory of elementwise methods, and at least one
+    size = max(1, CHUNK // max(1, rows.shape[1]))
+    full, rest = divmod(len(rows), size)
+    return [size] * full + [rest] * (rest > 0)

@@ -1,0 +1,183 @@
+"""``polytask merge``: several fine-tuned models on disk, one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from polytask.commands.console import AsJson, err, out, print_json, table
+from polytask.commands.failures import Interrupted
+
+if TYPE_CHECKING:
+    from polytask.merging.on_disk import MergePlan
+
+Paths = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="CONFIG.yml OUT | BASE EXPERT...",
+        help="A file in mergekit's language and the result's folder; or the base model and its fine-tuned experts.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="An option of the method; several numbers, one an expert, with commas: --set weights=1,0.5.",
+        show_default=False,
+    ),
+]
+
+
+def merge(
+    paths: Paths,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="As `polytask methods --family merging` lists them.")
+    ] = "task_arithmetic",
+    folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="The folder of the merged model.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter", metavar="NAME", help="A filter of task vectors before the method.", show_default=False
+        ),
+    ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="All models are experts; for methods that need no base.")
+    ] = False,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Tensors to take from the base unmerged, such as 'head.*'; experts may differ in them.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="float32, bfloat16, ... of the result; the base's when omitted.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of all random draws.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, sizes and peak memory; read no weight.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merge fine-tuned models into one, tensor by tensor; killed and started again, it goes on where it was."""
+    from polytask.errors import InputError
+
+    if paths[0].suffix in (".yml", ".yaml"):
+        plan, folder = _configured(paths, folder, given=bool(settings or filters or skip or no_base))
+    else:
+        from polytask.merging.on_disk import MergePlan
+
+        if len(paths) < 2:
+            raise InputError("name the base and at least one fine-tuned model, or a configuration file")
+        options = dict(_setting(s) for s in settings or ())
+        base, experts = (None, paths) if no_base else (paths[0], paths[1:])
+        plan = MergePlan(experts, base, method, lambda _: options, tuple(filters or ()), tuple(skip or ()), dtype, seed)
+    if not dry_run and folder is None:
+        raise InputError("say where the merged model goes with --out DIR, or only plan it with --dry-run")
+    if dry_run or folder is None:
+        print_json(described(plan)) if as_json else show(plan)
+        return
+    carry_out(plan, folder, overwrite, quiet=as_json)
+    if as_json:
+        print_json({**described(plan), "folder": str(folder)})
+    else:
+        out().print(f"{plan.method} of {len(plan.experts)} models: {folder}", markup=False, soft_wrap=True)
+
+
+def _configured(paths: list[Path], folder: Path | None, given: bool) -> tuple[MergePlan, Path | None]:
+    from polytask.errors import InputError
+    from polytask.merging.config import read_config
+
+    if given:
+        raise InputError(f"{paths[0]} says how to merge: leave out --set, --filter, --skip and --no-base")
+    if len(paths) > 2 or (len(paths) == 2 and folder is not None):
+        raise InputError("after a configuration file comes one folder for the result")
+    return read_config(paths[0]), paths[1] if len(paths) == 2 else folder
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    import yaml
+
+    from polytask.errors import InputError
+
+    name, sign, value = text.partition("=")
+    if not sign or not name or not value:
+        raise InputError(f"--set takes NAME=VALUE, such as scale=0.3, not {text!r}")
+    values = [yaml.safe_load(v) for v in value.split(",")]
+    return name, values if len(values) > 1 else values[0]
+
+
+def carry_out(plan: MergePlan, folder: Path, overwrite: bool, quiet: bool) -> None:
+    """Merge, with a bar of the tensors done while somebody watches."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from polytask.merging.on_disk import write
+
+    columns = (BarColumn(30), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(plan.specs))
+        try:
+            write(
+                plan, folder, overwrite=overwrite, progress=lambda name: bar.update(task, advance=1, description=name)
+            )
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; finished files are kept beside {folder}: the same command goes on"
+            ) from None
+
+
+def described(plan: MergePlan) -> dict[str, Any]:
+    """The plan, JSON-ready."""
+    return {
+        "method": plan.method,
+        "models": [{"path": str(m.path), "tensors": len(m.specs), "bytes": m.bytes} for m in plan.models],
+        "has_base": plan.base is not None,
+        "merged": len(plan.match.merged),
+        "kept": list(plan.match.kept),
+        "parameters": sum(s.elements for s in plan.specs.values()),
+        "files": {
+            name: sum(s.elements * s.dtype.itemsize for s in specs.values()) for name, specs in plan.files.items()
+        },
+        "bytes": plan.bytes,
+        "peak_bytes": plan.peak_bytes,
+    }
+
+
+def show(plan: MergePlan) -> None:
+    """The plan as text."""
+    facts = described(plan)
+    roles = ["base"] * facts["has_base"] + ["expert"] * len(plan.experts)
+    rows = [
+        [role, m["path"], str(m["tensors"]), size(m["bytes"])] for role, m in zip(roles, facts["models"], strict=True)
+    ]
+    right = {"justify": "right", "no_wrap": True}
+    screen = out()
+    screen.print(table(["", ("model", {"overflow": "fold"}), ("tensors", right), ("size", right)], rows))
+    kept = f", {len(facts['kept'])} taken from the {roles[0]}" if facts["kept"] else ""
+    screen.print(
+        f"\n{plan.method}: {facts['merged']} tensors merged{kept}; {facts['parameters'] / 1e6:,.1f} million numbers in "
+        f"{len(facts['files'])} file{'s' * (len(facts['files']) > 1)} of {size(facts['bytes'])}.\n"
+        f"Peak memory for tensors: {size(facts['peak_bytes'])}.",
+        markup=False,
+    )
+
+
+def size(count: int) -> str:
+    """Bytes for people: 1.4 GB."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}" if value < 1000 else f"{value:.0f} {units[0]}"

@@ -1,0 +1,289 @@
+"""Merging models on disk, one tensor at a time, into a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import polytask
+from polytask.errors import InputError, StorageError
+from polytask.merging.base import Filter, Merger
+from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint
+from polytask.merging.engine import Engine, check_finite, written_as
+from polytask.merging.in_memory import make, make_filter
+from polytask.merging.matching import Match, Spec, compute_dtype, dtype_name, dtype_of, match
+from polytask.merging.safetensors_file import Writer, index_of, shards
+
+SHARD_SIZE = 5_000_000_000
+JOURNAL = "journal.json"
+RECORD = "merge.json"
+WEIGHTS = (".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", *PICKLES)
+TOKENIZER = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "spiece",
+    "sentencepiece",
+    "chat_template",
+)
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Everything a merge on disk does, known from headers alone.
+
+    Args:
+        experts: files or folders of the fine-tuned models.
+        base: file or folder of the model that they started from; None for methods that do without.
+        method: see ``polytask methods --family merging``.
+        options: the method's options by the tensor's name; the same for all of them by default.
+        filters: names of filters that are applied to the task vectors before.
+        skip: patterns of tensors that are not merged.
+        dtype: of the merged tensors; the base's when omitted.
+        seed: of all random draws.
+        tokenizer: the model whose tokenizer files are copied; the base when omitted.
+        shard_size: bytes a file of the result holds at most.
+
+    Raises:
+        InputError: models that do not fit together; an unknown method or option.
+        StorageError: a file is missing or cut short.
+    """
+
+    experts: Sequence[Path]
+    base: Path | None = None
+    method: str = "task_arithmetic"
+    options: Callable[[str], Mapping[str, Any]] = field(default=lambda _: {})
+    filters: Sequence[str] = ()
+    skip: Sequence[str] = ()
+    dtype: str | None = None
+    seed: int = 0
+    tokenizer: Path | None = None
+    shard_size: int = SHARD_SIZE
+
+    def __post_init__(self) -> None:
+        if not self.experts:
+            raise InputError("there is nothing to merge: no expert was given")
+        if self.shard_size <= 0:
+            raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
+        self.engine.check(self.match.merged, len(self.experts), self.base is not None)
+
+    @cached_property
+    def models(self) -> list[Checkpoint]:
+        """The base, where there is one, and the experts."""
+        return [open_checkpoint(p) for p in ([self.base] if self.base is not None else []) + list(self.experts)]
+
+    @cached_property
+    def match(self) -> Match:
+        """Which tensors are merged and which are kept."""
+        return match([(str(m.path), m.specs) for m in self.models], self.skip, mixed_dtypes=self.dtype is not None)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The method, with its options tensor by tensor."""
+        made: dict[str, Merger] = {}
+        by_name: dict[str, Merger] = {}
+        for name in self.match.merged:
+            options = dict(self.options(name))
+            key = json.dumps(options, sort_keys=True)
+            if key not in made:
+                made[key] = make(self.method, **options)
+            by_name[name] = made[key]
+        filters: list[Filter] = [make_filter(f) for f in self.filters]
+        return Engine(by_name.__getitem__, filters, (), self.seed)
+
+    @cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Shape and dtype of every tensor of the result."""
+        dtype, merging = None if self.dtype is None else dtype_of(self.dtype), set(self.match.merged)
+        reference = self.models[0].specs
+        return {n: Spec(s.shape, dtype or s.dtype) if n in merging else s for n, s in reference.items()}
+
+    @cached_property
+    def files(self) -> dict[str, dict[str, Spec]]:
+        """The files of the result: {name: its tensors}."""
+        return shards(self.specs, self.shard_size)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result's tensors."""
+        return sum(s.elements * s.dtype.itemsize for s in self.specs.values())
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Memory for tensors at the largest one: the models', the method's scratch; what the interpreter itself takes comes on top."""
+        peak = 0.0
+        for name in self.match.merged:
+            size = self.specs[name].elements * self._compute_dtype(name).itemsize
+            peak = max(peak, size * (len(self.models) + self.engine.merger(name).scratch))
+        return round(peak)
+
+    def _compute_dtype(self, name: str) -> torch.dtype:
+        return compute_dtype(m.specs[name].dtype for m in self.models)
+
+    def load(self, name: str) -> tuple[Tensor | None, Tensor]:
+        """The base's tensor and the experts', one a row, in the dtype that is computed in.
+
+        Raises:
+            InputError: NaN in one of them.
+        """
+        shape, dtype = self.specs[name].shape or (1,), self._compute_dtype(name)
+        experts = self.models[-len(self.experts) :]
+        W = torch.empty((len(experts), *shape), dtype=dtype)
+        W0 = torch.empty(shape, dtype=dtype) if self.base is not None else None
+        rows = [*([W0] if W0 is not None else []), *W]
+        for row, m in zip(rows, self.models, strict=True):
+            m.read_into(name, row)
+            check_finite(row, name, str(m.path))
+        return W0, W
+
+    def record(self) -> dict[str, Any]:
+        """What was merged and how, JSON-ready; two plans with the same record make the same model."""
+        settings = {n: dict(self.options(n)) for n in self.match.merged}
+        common = next(iter(settings.values()), {})
+        varying = any(s != common for s in settings.values())
+        sources = [f for m in self.models for f in m.files]
+        return {
+            "polytask": polytask.__version__,
+            "method": self.method,
+            "base": None if self.base is None else str(self.base),
+            "experts": [str(e) for e in self.experts],
+            "options": None if varying else common,
+            "options_by_tensor": settings if varying else None,
+            "filters": list(self.filters),
+            "skip": list(self.skip),
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "shard_size": self.shard_size,
+            "sources": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
+        }
+
+
+def write(
+    plan: MergePlan, folder: Path, *, overwrite: bool = False, progress: Callable[[str], None] | None = None
+) -> None:
+    """Merge as planned into a folder that transformers can load where the base is one.
+
+    Work is done beside the folder, which appears when all of it is there. A merge that was killed goes on with the first file it had not
+    finished when the same one is started again; one that fails leaves nothing behind.
+
+    Args:
+        plan: what to merge.
+        folder: the result: safetensors files, ``merge.json``, and the base's configuration and tokenizer.
+        overwrite: replace what is there.
+        progress: called with the name of each tensor when it is written, also for those that an earlier start had written.
+
+    Raises:
+        InputError: the folder exists, NaN in a tensor, a value too large for the dtype of the result.
+        StorageError: a file cannot be read or written.
+    """
+    if folder.exists() and not overwrite:
+        raise InputError(f"{folder} exists already: name another folder, or overwrite it")
+    if folder.resolve() in {p.resolve() for m in plan.models for p in (m.path, m.path.parent)}:
+        raise InputError(f"{folder} is where a model to be merged lies: name another folder")
+    work = folder.with_name(f".{folder.name}.merging")
+    record = plan.record()
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    finished = _finished(work, digest)
+    try:
+        _write_shards(plan, work, digest, finished, progress)
+        if len(plan.files) > 1:
+            (work / INDEX).write_text(index_of(plan.files, plan.bytes), encoding="utf-8")
+        (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _copy_companions(plan, work)
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    (work / JOURNAL).unlink()
+    _put(work, folder)
+
+
+def _finished(work: Path, digest: str) -> list[str]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        journal = json.loads((work / JOURNAL).read_text(encoding="utf-8"))
+        if journal["plan"] == digest:
+            return list(journal["finished"])
+    shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise StorageError(
+            f"{work.parent} cannot be written to: {(error.strerror or 'unknown reason').lower()}"
+        ) from None
+    return []
+
+
+@torch.no_grad()
+def _write_shards(
+    plan: MergePlan, work: Path, digest: str, finished: list[str], progress: Callable[[str], None] | None
+) -> None:
+    merging = set(plan.match.merged)
+    if len(finished) < len(plan.files):
+        plan.engine.survey(plan.match.merged, plan.load)
+    for file, specs in plan.files.items():
+        if file not in finished:
+            with Writer(work / file, specs) as writer:
+                for name, spec in specs.items():
+                    writer.add(name, _merged(plan, name, spec) if name in merging else plan.models[0].read(name))
+                    if progress is not None:
+                        progress(name)
+            finished.append(file)
+            _write_beside(work / JOURNAL, json.dumps({"plan": digest, "finished": finished}))
+        elif progress is not None:
+            for name in specs:
+                progress(name)
+
+
+def _merged(plan: MergePlan, name: str, spec: Spec) -> Tensor:
+    return written_as(plan.engine.merge(name, *plan.load(name)), spec.dtype, name).reshape(spec.shape)
+
+
+def _copy_companions(plan: MergePlan, work: Path) -> None:
+    """The files that stand beside the weights of a transformers folder: configuration and tokenizer."""
+    source = plan.models[0].path
+    tokenizer = plan.tokenizer or source
+    for folder, wanted in ((source, False), (tokenizer, True)):
+        for file in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if file.is_file() and _accompanies(file) and file.name.startswith(TOKENIZER) == wanted:
+                shutil.copyfile(file, work / file.name)
+    config = work / "config.json"
+    if config.exists() and plan.dtype is not None:
+        said = json.loads(config.read_text(encoding="utf-8"))
+        key = "torch_dtype" if "torch_dtype" in said else "dtype"
+        said[key] = dtype_name(dtype_of(plan.dtype))
+        config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def _accompanies(file: Path) -> bool:
+    # a README tells of the base alone, an index of its files
+    is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
+    return not (is_weights or file.name.startswith((".", "README")) or file.name == RECORD)
+
+
+def _write_beside(file: Path, text: str) -> None:
+    beside = file.with_name(file.name + ".partial")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+def _put(work: Path, folder: Path) -> None:
+    aside = folder.with_name(f".{folder.name}.replaced")
+    if folder.exists():
+        os.replace(folder, aside)
+    os.replace(work, folder)
+    if aside.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        aside.unlink(missing_ok=True)
