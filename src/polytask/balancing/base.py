@@ -302,7 +302,7 @@ class GramianWeighting(Balancer):
         self._bind_count(len(gramian))
         C = gramian.detach().double().cpu().numpy()
         values = None if losses is None else losses.detach().double().cpu().numpy()
-        return torch.from_numpy(self.weights_of(C, values, precision or _precision(gramian))).to(gramian)
+        return torch.from_numpy(self.weights_of(C, values, precision or precision_of(gramian))).to(gramian)
 
     def weights_of(self, C: Matrix, losses: Vector | None, precision: float = SINGLE) -> Vector:
         """:meth:`weights` on NumPy arrays, for the active tasks, from gradients multiplied in single precision or the given one."""
@@ -333,12 +333,12 @@ class GramianWeighting(Balancer):
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
     ) -> Float[Tensor, " coordinates"]:
         """The update direction w @ J, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates)."""
-        w = self.weights(gramian(jacobian), losses, _precision(jacobian))
+        w = self.weights(gramian(jacobian), losses, precision_of(jacobian))
         return w.to(jacobian.dtype) @ jacobian
 
 
-def _precision(tensor: Tensor) -> float:
-    # half types are multiplied in single precision
+def precision_of(tensor: Tensor) -> float:
+    """The relative rounding of inner products taken in the tensor's type; half types are multiplied in single precision."""
     return DOUBLE if tensor.dtype == torch.float64 else SINGLE
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import TaskGradients, gramian
-from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, Observation, Vector
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, Observation, Vector, precision_of
 from polytask.balancing.losses import Step
 from polytask.errors import TrainingError
 
@@ -51,7 +51,8 @@ def weigh(balancer: Balancer, gradients: TaskGradients, step: Step, level: str) 
 def weigh_gramian(balancer: Balancer, C: Tensor, step: Step, level: str) -> tuple[Tensor, Observation]:
     """The weights for a finite Gramian; where several processes share the batch, those that the first of them finds."""
     assert isinstance(balancer, GramianWeighting)
-    w = torch.from_numpy(balancer.weights_of(C.cpu().numpy(), step.values.double().cpu().numpy())).to(C.device)
+    found = balancer.weights_of(C.cpu().numpy(), step.values.double().cpu().numpy(), precision_of(step.values))
+    w = torch.from_numpy(found).to(C.device)
     if step.processes is not None:
         step.processes.first(w)
     return w, _observation(step, w, C, level)
