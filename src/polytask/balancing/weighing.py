@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import TaskGradients, gramian
-from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, Observation, Vector, precision_of
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, Vector, precision_of
 from polytask.balancing.losses import Step
+from polytask.balancing.observation import Observation
 from polytask.errors import TrainingError
 
 
