@@ -78,10 +78,10 @@ class Processes:
 
     def gather(self, piece: Float[Tensor, "*shape"]) -> Float[Tensor, "processes *shape"]:
         """The equally large pieces of all processes."""
-        whole = piece.new_empty(self.size, *piece.shape)
+        whole = piece.new_empty(self.size * piece.numel())
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        gather(whole, piece.contiguous(), group=self.group)
-        return whole
+        gather(whole, piece.flatten(), group=self.group)
+        return whole.view(self.size, *piece.shape)
 
     def padded(self, n: int) -> int:
         """The least multiple of the number of processes that n columns fit in."""
