@@ -52,7 +52,7 @@ class Settings:
     short: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     split_seed: int = 0
-    trials: int = 6
+    trials: int = 5
     grouping: bool = True
     model: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)

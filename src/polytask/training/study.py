@@ -103,7 +103,7 @@ def run_study(
         balance: ``auto``, a method's name, several, or several between commas.
         seeds: how many, or which; 3 when omitted, 2 when quick.
         epochs: at most, of each training; 40 when omitted, 15 when quick.
-        trials: weight vectors tried for the tuned scalarization; 6 when omitted, 3 when quick.
+        trials: weight vectors tried for the tuned scalarization; 5 when omitted, 3 when quick.
         quick: a smaller study, to see whether everything fits; its intervals are honest and wide.
         grouping: whether groups of tasks may be tried.
         split_seed: of the split.
@@ -131,7 +131,7 @@ def run_study(
         balance=tuple(name.strip() for part in named for name in part.split(",")),
         seeds=_seeds(seeds, quick),
         split_seed=split_seed,
-        trials=(3 if quick else 6) if trials is None else trials,
+        trials=(3 if quick else 5) if trials is None else trials,
         short=quick,
         grouping=grouping,
         model=dict(model or {}),
