@@ -125,7 +125,7 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{file} is a pickle of more than tensors, which may run code when it is loaded: save its state dict as safetensors"
         ) from None
-    except (EOFError, RuntimeError, ValueError):
+    except (EOFError, LookupError, RuntimeError, ValueError):
         raise StorageError(f"{file} is cut short or not a file of tensors") from None
     for wrapper in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
