@@ -45,7 +45,7 @@ Epochs = Annotated[
     int | None, _option("--epochs", min=1, takes="N", says="Passes over the rows at most: 40, or 15 with --quick.")
 ]
 Trials = Annotated[
-    int | None, _option("--trials", min=1, takes="N", says="Weightings tried for the tuned sum: 6, or 3 with --quick.")
+    int | None, _option("--trials", min=1, takes="N", says="Weightings tried for the tuned sum: 5, or 3 with --quick.")
 ]
 NoGrouping = Annotated[
     bool, _option("--no-grouping", says="Look for no groups of tasks where learning all together hurts.")
