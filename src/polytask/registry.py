@@ -13,6 +13,7 @@ import importlib.metadata
 import inspect
 import pkgutil
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -119,7 +120,13 @@ def _discover() -> None:
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{package_name}.{module.name}")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # whatever it is, it is not the fault of the methods that do load
+            warnings.warn(
+                f"the methods of {entry.value} (entry point {entry.name!r}) are left out, since it does not import: {error}",
+                stacklevel=2,
+            )
 
 
 def methods(family: str | None = None) -> Iterator[Method]:
