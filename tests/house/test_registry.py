@@ -12,7 +12,7 @@ from polytask.errors import InputError
 
 def test_names_are_found_whatever_their_spelling_and_near_misses_are_suggested():
     assert registry.find("Nash_MTL") is registry.find("nash-mtl") is registry.find("NashMTL")
-    with pytest.raises(InputError, match="did you mean .*fairgrad"):
+    with pytest.raises(InputError, match=r"did you mean .*fairgrad"):
         registry.find("fairgrd")
     with pytest.raises(InputError, match="no merging method called 'mgda'"):
         registry.find("mgda", family="merging")
@@ -29,7 +29,7 @@ def test_a_package_from_outside_that_does_not_import_is_named_and_left_out(monke
     broken = importlib.metadata.EntryPoint("broken", "no_such_package_of_methods", registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [broken])
     registry._discover.cache_clear()
-    with pytest.warns(UserWarning, match="no_such_package_of_methods .*'broken'.* left out"):
+    with pytest.warns(UserWarning, match=r"no_such_package_of_methods .*'broken'.* left out"):
         names = [m.name for m in registry.methods("balancing")]
     assert "mgda" in names
     monkeypatch.undo()
