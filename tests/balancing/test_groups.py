@@ -37,7 +37,9 @@ class Partly(nn.Module):
         losses = self.losses()
         return torch.stack(
             [
-                torch.cat([g.flatten() for g in torch.autograd.grad(losses[n], list(part.parameters()), retain_graph=True)])
+                torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(losses[n], list(part.parameters()), retain_graph=True)]
+                )
                 for n in names
             ]
         )
@@ -84,7 +86,9 @@ def test_one_list_is_one_group() -> None:
                 [
                     (torch.zeros_like(p) if g is None else g).flatten()
                     for p, g in zip(
-                        together, torch.autograd.grad(losses[n], together, retain_graph=True, allow_unused=True), strict=True
+                        together,
+                        torch.autograd.grad(losses[n], together, retain_graph=True, allow_unused=True),
+                        strict=True,
                     )
                 ]
             )

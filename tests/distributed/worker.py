@@ -73,7 +73,9 @@ def balanced(method: Method, **options: Any) -> Any:
     return make(method.name, **{**method.example, **options})
 
 
-def train(method: Method, level: str, steps: int, rank: int | None, world: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+def train(
+    method: Method, level: str, steps: int, rank: int | None, world: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """A few steps of gradient descent; the parameters at the end and the gradient of each of the first steps."""
     module = Forward(model(deep=level == "copies"))
     wrapped: Any = module

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from polytask.autograd import gramian, jacobian, leaves
+from polytask.autograd import Processes, gramian, jacobian, leaves
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
+from polytask.balancing.losses import same_start
 from polytask.errors import TrainingError
 
 
@@ -61,9 +61,14 @@ class Accumulation:
 
     def reduce(self) -> None:
         """Add up the pieces of all processes; every one of them calls it, then :meth:`backward`, and chooses the same direction."""
+        processes = Processes.of("world")
+        if processes is None:
+            return
+        if self.balancer.agreed_in is not processes.group:
+            same_start(self.balancer, self.tasks, processes)
         present = self.present.to(self.jacobian.device, torch.int32)
         for tensor in (self.jacobian, self.losses, present):
-            dist.all_reduce(tensor)
+            processes.sum_(tensor)
         self.present = present.bool().cpu()
 
     def backward(self) -> Observation:
@@ -77,7 +82,10 @@ class Accumulation:
         J = self.jacobian[kept] if len(kept) < len(self.tasks) else self.jacobian
         values = self.losses[kept]
         _refuse("loss", names, torch.isfinite(values))
-        _refuse("gradient", names, torch.isfinite(J).all(1))
+        finite = torch.isfinite(J).all(1)
+        if self.scale != 1.0 and not bool(finite.all()):
+            return self._overflown(values, names, finite)
+        _refuse("gradient", names, finite)
         self.balancer.bind(names)
         direction, slopes, observation = self._choose(J, values, names)
         self.balancer.observation = observation
@@ -88,6 +96,14 @@ class Accumulation:
             for p, g in self.own[k].items():
                 _add_to_gradient(p, slope * g)
         return observation
+
+    def _overflown(self, values: Tensor, names: list[str], finite: Tensor) -> Observation:
+        """Float16's scaler must see the overflow to skip the step and lower its scale; the balancer must not."""
+        for p in self.shared:
+            _add_to_gradient(p, torch.full_like(p, torch.nan))
+        bad = tuple(n for n, ok in zip(names, finite.tolist(), strict=True) if not ok)
+        seen = self.balancer.observation = Observation(tuple(names), values, None, None, "exact", bad, taken=False)
+        return seen
 
     def _choose(self, J: Tensor, values: Tensor, names: list[str]) -> tuple[Tensor, Tensor, Observation]:
         """The direction, d(what is differentiated)/d(loss) of each task for its own parameters, and what was seen."""

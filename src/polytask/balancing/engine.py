@@ -54,7 +54,7 @@ def backward(
         level: ``exact`` takes gradients at the parameters (K backward passes); ``representation`` takes them at ``features``
             (one pass through the trunk; an upper-bound surrogate); ``auto`` prefers the second where features are given.
         scaler: the gradient scaler of mixed precision; the gradients then stand scaled, as ``scaler.unscale_`` and ``scaler.step`` expect.
-            Where one overflows, ``.grad`` tells the scaler so, and the balancer sees nothing of the step.
+            Where one that the method looks at overflows, ``.grad`` tells the scaler so, and the balancer sees nothing of the step.
         observe: let methods that need loss values only report the Gramian too, where ``features`` make it free.
         on_nonfinite: what to do about a task whose loss, or whose gradient where the method looks at it, is not finite: ``raise``;
             ``skip-task``, as if it were absent; ``skip-step``, which leaves ``.grad`` as it was. The observation tells. Under
@@ -91,7 +91,7 @@ def backward(
     if isinstance(balancer, LossWeighting):
         observation = _values(balancer, step, ports if observe else [])
     elif level == "exact" or (level == "auto" and not ports):
-        observation = exact(balancer, step, shared)
+        observation = _exact(balancer, step, shared)
     elif not ports:
         raise InputError("level='representation' needs features=: the shared representation that every head reads")
     elif len(ports) == 1 and isinstance(ports[0], FanOut):
@@ -100,6 +100,18 @@ def backward(
         observation = _two_passes(balancer, step, [f.tensor if isinstance(f, FanOut) else f for f in ports])
     balancer.observation = observation
     return observation
+
+
+def _exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
+    try:
+        return exact(balancer, step, shared)
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise InputError(
+            "the compiled part of the model gives its buffers away in its first backward pass, and exact gradients of several losses need "
+            "more than one: set torch._functorch.config.donated_buffer = False before the first step, or balance at level='representation'"
+        ) from error
 
 
 def _features(features: Features) -> list[FanOut | Tensor]:

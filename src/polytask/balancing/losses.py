@@ -177,7 +177,7 @@ def _agree(
     The mean over R processes of :math:`R\\, n_r L_r / \\sum_s n_s` is the mean over all examples.
     """
     if balancer.agreed_in is not processes.group:
-        _same_start(balancer, named, processes)
+        same_start(balancer, list(named), processes)
     assert balancer.tasks is not None
     some = next(iter(named.values()))
     table = torch.zeros(3, len(balancer.tasks), dtype=torch.float64, device=some.device)
@@ -203,11 +203,11 @@ def _agree(
     return {n: means[n] for n in present}, {n: processes.size * weight[n] / found[n] for n in present}
 
 
-def _same_start(balancer: Balancer, named: Mapping[str, Tensor], processes: Processes) -> None:
+def same_start(balancer: Balancer, names: Sequence[str], processes: Processes) -> None:
     """Give all processes the tasks, the state and the random numbers of the first one, once."""
-    everyone: list[Any] = processes.objects((list(named), balancer.state_dict()))
-    names, state = everyone[0]
-    known = state["tasks"] or names
+    everyone: list[Any] = processes.objects((list(names), balancer.state_dict()))
+    first, state = everyone[0]
+    known = state["tasks"] or first
     strangers = [n for theirs, _ in everyone for n in theirs if n not in known]
     if strangers:
         raise InputError(f"the first process does not know the task {strangers[0]!r} that another one has")
