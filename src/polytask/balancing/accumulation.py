@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import Processes, gramian, jacobian, leaves
-from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Observation
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting
+from polytask.balancing.observation import Observation
 from polytask.balancing.losses import same_start
 from polytask.errors import TrainingError
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import Processes
-from polytask.balancing.base import Balancer, Observation
+from polytask.balancing.base import Balancer
+from polytask.balancing.observation import Observation
 from polytask.errors import InputError, TrainingError
 
 Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
