@@ -346,7 +346,7 @@ def test_filters_and_models_without_base(stored: Stored, tmp_path: Path) -> None
 def test_the_plan_reads_no_weight(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base_path, paths, base, _ = stored
     monkeypatch.setattr(MergePlan, "load", None)
-    done = polytask("merge", base_path, *paths, "--method", "tsv_m", "--dry-run", "--json")
+    done = polytask("merge", base_path, *paths, "--method", "ties", "--dry-run", "--json")
     assert done.exit_code == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["parameters"] == sum(t.numel() for t in base.values())

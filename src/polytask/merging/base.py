@@ -197,10 +197,11 @@ def per_expert(value: PerExpert, experts: int, name: str) -> list[float]:
 
 
 def chunks(D: Float[Tensor, "experts ..."]) -> Iterator[tuple[slice, Float[Tensor, "experts chunk"]]]:
-    """The rows of D in pieces of a bounded number of columns: (where, view)."""
+    """The rows of D in pieces of some columns and a bounded number of entries: (where, view)."""
     flat = D.view(len(D), -1)
-    for start in range(0, flat.shape[1], CHUNK):
-        where = slice(start, start + CHUNK)
+    columns = max(1, CHUNK // max(1, len(D)))
+    for start in range(0, flat.shape[1], columns):
+        where = slice(start, start + columns)
         yield where, flat[:, where]
 
 

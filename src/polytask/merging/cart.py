@@ -35,6 +35,8 @@ class CART(MatrixMerger):
     Cost: T eigendecompositions of the smaller side.
     """
 
+    scratch = 2.0
+
     def __init__(self, *, rank: float = 0.08, departure: float = 1.0, **base: Unpack[TaskVectorOptions]) -> None:
         super().__init__(**base)
         in_range(rank, "the rank of cart", 0, 1, open_low=True)

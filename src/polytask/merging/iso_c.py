@@ -29,6 +29,8 @@ class IsoC(MatrixMerger):
     Cost: one eigendecomposition of the smaller side.
     """
 
+    scratch = 2.0
+
     def update_matrix(self, W0: Float[Tensor, "m n"], D: Float[Tensor, "experts m n"], place: Place) -> Tensor:  # noqa: ARG002
         direction, sigma = polar(D.sum(0))
         return direction.mul_(sigma.mean())

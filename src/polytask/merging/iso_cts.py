@@ -38,7 +38,7 @@ class IsoCTS(MatrixMerger):
     Cost: T + 3 eigendecompositions of the smaller side.
     """
 
-    scratch = 2.0
+    scratch = 4.0
 
     def __init__(self, *, common: float = 0.8, **base: Unpack[TaskVectorOptions]) -> None:
         super().__init__(**base)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polytask.merging.base import pieces
 
-PIECE = 1 << 20
+PIECE = 1 << 19
 FEW = 1 << 16
 DIGIT = 16
 WORDS = {torch.float32: (torch.int32, 0x7FFFFFFF), torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF)}

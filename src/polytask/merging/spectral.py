@@ -6,6 +6,7 @@ eigendecomposition of the small side costs a fraction of an SVD, and memory for 
 
 from __future__ import annotations
 
+import scipy.linalg
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +27,17 @@ def small_gramian(A: Float[Tensor, "m n"]) -> Float[Tensor, "k k"]:
     return G
 
 
+def leading_pairs(G: Float[Tensor, "n n"], k: int) -> tuple[Float[Tensor, " k"], Float[Tensor, "n k"]]:
+    """The k largest eigenvalues of a symmetric matrix, descending, and their vectors."""
+    n = len(G)
+    if not 0 < 2 * k <= n:
+        values, vectors = torch.linalg.eigh(G)
+        return values.flip(0)[:k], vectors.flip(1)[:, :k]
+    # PyTorch computes all vectors or none; a part of them takes half the time
+    chosen, found = scipy.linalg.eigh(G.numpy(), subset_by_index=[n - k, n - 1], driver="evr", check_finite=False)
+    return torch.from_numpy(chosen[::-1].copy()), torch.from_numpy(found[:, ::-1].copy())
+
+
 def leading_triplets(
     A: Float[Tensor, "m n"], k: int
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
@@ -33,10 +45,10 @@ def leading_triplets(
 
     Cost: m n min(m, n) multiplications and an eigendecomposition of the smaller side.
     """
-    squares, vectors = torch.linalg.eigh(small_gramian(A))
-    s = squares.flip(0).clamp_min(0).sqrt()[:k]
+    squares, vectors = leading_pairs(small_gramian(A), k)
+    s = squares.clamp_min(0).sqrt()
     r = int((s > NEGLIGIBLE * s[0]).sum()) if len(s) else 0
-    s, small = s[:r], vectors.flip(1)[:, :r]
+    s, small = s[:r], vectors[:, :r]
     if A.shape[0] >= A.shape[1]:
         return A @ (small / s).to(A.dtype), s.to(A.dtype), small.T.to(A.dtype)
     return small.to(A.dtype), s.to(A.dtype), (small / s).T.to(A.dtype) @ A

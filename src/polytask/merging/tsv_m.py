@@ -31,6 +31,8 @@ class TSVM(MatrixMerger):
     Cost: T eigendecompositions of the smaller side in place of T SVDs, and two of size at most min(m, n).
     """
 
+    scratch = 3.0
+
     def update_matrix(self, W0: Float[Tensor, "m n"], D: Float[Tensor, "experts m n"], place: Place) -> Tensor:  # noqa: ARG002
         k = min(D.shape[1:]) // len(D) or 1
         triplets = [leading_triplets(tau, k) for tau in D]

@@ -1,0 +1,184 @@
+"""Time and memory of merging eight ViT-B/32-sized checkpoints (88 M parameters each, float32) from disk to disk.
+
+    python benchmarks/merging.py                         # all figures; writes 3.2 GB under the temporary directory, and removes them
+    python benchmarks/merging.py --method ties --layers 2   # a first look
+
+Every merge runs in a process of its own. Its memory is the peak of resident memory above what the process held after a merge of tiny
+models, so that interpreter and libraries do not count; beside it stands the bound, T + 2 times the largest tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from polytask.merging import merge
+from polytask.merging.on_disk import MergePlan
+from polytask.merging.safetensors_file import Spec, Writer
+
+METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "tsv_m")
+CONFIG = {
+    "architectures": ["CLIPVisionModel"],
+    "model_type": "clip_vision_model",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+    "projection_dim": 512,
+}
+ONE_MERGE = """
+import json, resource, sys, time
+from pathlib import Path
+import torch
+from polytask.merging import merge
+from polytask.merging.on_disk import MergePlan, write
+folder, method, experts = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+small = {"w": torch.randn(300, 200)}
+merge(small, [small] * experts, method)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+started = time.perf_counter()
+plan = MergePlan([folder / f"expert{t}" for t in range(experts)], folder / "base", method)
+write(plan, folder / "merged", overwrite=True)
+seconds = time.perf_counter() - started
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"seconds": seconds, "bytes": 1024 * (peak - before)}))
+"""
+
+
+def layout(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the vision half of CLIP ViT-B/32."""
+    yield "vision_model.embeddings.class_embedding", (768,)
+    yield "vision_model.embeddings.patch_embedding.weight", (768, 3, 32, 32)
+    yield "vision_model.embeddings.position_embedding.weight", (50, 768)
+    for name in ("pre_layrnorm", "post_layernorm"):
+        yield from ((f"vision_model.{name}.{p}", (768,)) for p in ("weight", "bias"))
+    for i in range(layers):
+        block = f"vision_model.encoder.layers.{i}."
+        sizes = {f"self_attn.{k}_proj": (768, 768) for k in ("q", "k", "v", "out")}
+        for name, (rows, columns) in (sizes | {"mlp.fc1": (3072, 768), "mlp.fc2": (768, 3072)}).items():
+            yield f"{block}{name}.weight", (rows, columns)
+            yield f"{block}{name}.bias", (rows,)
+        yield from ((f"{block}layer_norm{k}.{p}", (768,)) for k in (1, 2) for p in ("weight", "bias"))
+
+
+def make_models(folder: Path, experts: int, layers: int) -> dict[str, Spec]:
+    """A base and experts that moved a little, most of it in few directions, as fine-tuning does."""
+    specs = {name: Spec(shape, torch.float32) for name, shape in sorted(layout(layers))}
+    for model in ["base", *(f"expert{t}" for t in range(experts))]:
+        (folder / model).mkdir()
+        (folder / model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
+        generator = torch.Generator().manual_seed(0)
+        moves = torch.Generator().manual_seed(1 + (int(model[6:]) if model != "base" else 0))
+        with Writer(folder / model / "model.safetensors", specs) as writer:
+            for name, spec in specs.items():
+                weight = 0.03 * torch.randn(spec.shape, generator=generator)
+                writer.add(name, weight if model == "base" else weight + moved(spec.shape, moves))
+    return specs
+
+
+def moved(shape: tuple[int, ...], g: torch.Generator) -> torch.Tensor:
+    noise = 1e-3 * torch.randn(shape, generator=g)
+    if len(shape) == 2:
+        noise += 2e-4 * torch.randn(shape[0], 16, generator=g) @ torch.randn(16, shape[1], generator=g)
+    return noise
+
+
+def one_merge(folder: Path, method: str, experts: int) -> dict[str, float]:
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_MERGE, str(folder), method, str(experts)], stdout=subprocess.PIPE, check=True
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def full_svds(D: torch.Tensor) -> torch.Tensor:
+    """TSV-M as it is written in the paper."""
+    k = min(D.shape[1:]) // len(D)
+    U, s, V = zip(*(torch.linalg.svd(d, full_matrices=False) for d in D), strict=True)
+    P, _, Q = torch.linalg.svd(torch.cat([u[:, :k] for u in U], 1), full_matrices=False)
+    R, _, T = torch.linalg.svd(torch.cat([v[:k] for v in V]), full_matrices=False)
+    return P @ Q @ torch.diag(torch.cat([x[:k] for x in s])) @ R @ T
+
+
+def tsv_m_against_full_svds(experts: int) -> list[tuple[str, float, float, float]]:
+    """(shape, our CPU seconds, the formula's in float32, our relative error), for one matrix of each shape."""
+    found = []
+    for shape in ((768, 768), (3072, 768)):
+        g = torch.Generator().manual_seed(0)
+        D = torch.stack([moved(shape, g) for _ in range(experts)])
+        base, models = {"w": torch.zeros(shape)}, [{"w": d} for d in D]
+        started = time.process_time()
+        ours = merge(base, models, "tsv_m")["w"]
+        between = time.process_time()
+        full_svds(D)
+        ended = time.process_time()
+        # what the formula gives in float32 is itself off: nearly equal singular values at the cut
+        exact = full_svds(D.double())
+        error = float((ours - exact).norm() / exact.norm())
+        found.append((f"{shape[0]} x {shape[1]}", between - started, ended - between, error))
+    return found
+
+
+def seven_billion(folder: Path) -> float:
+    """Seconds to plan a merge of four models with Llama-2-7B's layout: headers over files with holes in place of weights."""
+    shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
+    for i in range(32):
+        block = f"model.layers.{i}."
+        shapes |= {f"{block}self_attn.{k}_proj.weight": (4096, 4096) for k in "qkvo"}
+        shapes |= {f"{block}mlp.{k}_proj.weight": (11008, 4096) for k in ("gate", "up")}
+        shapes |= {f"{block}mlp.down_proj.weight": (4096, 11008), f"{block}input_layernorm.weight": (4096,)}
+        shapes |= {f"{block}post_attention_layernorm.weight": (4096,)}
+    specs = {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()}
+    for t in range(5):
+        with Writer(folder / f"seven{t}.safetensors", specs) as writer:
+            writer.stream.truncate(writer.total)
+    started = time.perf_counter()
+    paths = [folder / f"seven{t}.safetensors" for t in range(5)]
+    plan = MergePlan(paths[1:], paths[0], "ties")
+    print(f"plan of {sum(s.elements for s in specs.values()) / 1e9:.2f} G parameters, 4 experts: ", end="")
+    print(f"{plan.bytes / 1e9:.1f} GB, peak {plan.peak_bytes / 1e9:.1f} GB, ", end="")
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=12, help="fewer for a first look")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="polytask-merging-") as name:
+        folder = Path(name)
+        print(f"{seven_billion(folder):.2f} s")
+        specs = make_models(folder, options.experts, options.layers)
+        largest = 4 * max(s.elements for s in specs.values())
+        bound = (options.experts + 2) * largest
+        print(f"{sum(s.elements for s in specs.values()) / 1e6:.1f} M parameters, {options.experts} experts, ", end="")
+        print(f"largest tensor {largest / 1e6:.1f} MB, bound {bound / 1e6:.1f} MB, {torch.get_num_threads()} thread(s)")
+        print(f"{'method':18}{'seconds':>9}{'peak MB':>9}{'of bound':>10}")
+        for method in options.method:
+            found = one_merge(folder, method, options.experts)
+            print(
+                f"{method:18}{found['seconds']:9.1f}{found['bytes'] / 1e6:9.1f}{found['bytes'] / bound:10.2f}",
+                flush=True,
+            )
+        for shape, ours, theirs, error in tsv_m_against_full_svds(options.experts):
+            print(
+                f"tsv_m {shape}: {ours:.2f} s, full SVDs {theirs:.2f} s, ratio {ours / theirs:.2f}, relative error {error:.1e}"
+            )
+
+
+if __name__ == "__main__":
+    main()
