@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from polytask.balancing import Balancer, Observation, backward, make
-from polytask.balancing.engine import Features, Level, Shared
+from polytask.balancing.engine import Features, Level
+from polytask.balancing.exact import Shared
 from polytask.errors import InputError, MissingExtraError
 from polytask.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -70,15 +71,19 @@ class MultiTaskTrainerMixin:
         self._seen: dict[str, list[Tensor]] = {}
         self._losses: dict[str, Tensor] = {}
         self._total = torch.zeros(())
-        self._trainer: Any = self  # the Trainer that this is mixed into
         self._trainer.add_callback(_Keeper(self.balancer))
+
+    @property
+    def _trainer(self) -> Any:
+        """The Trainer that this is mixed into."""
+        return self
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As the Trainer's, with the balancer's state of the checkpoint resumed from."""
         if resume_from_checkpoint:
             folder = resume_from_checkpoint
             if folder is True:
-                folder = get_last_checkpoint(self._trainer.args.output_dir)
+                folder = cast(Any, get_last_checkpoint)(self._trainer.args.output_dir)
             if folder and (Path(folder) / STATE).exists():
                 self.balancer.load_state_dict(load_checkpoint(Path(folder) / STATE))
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)  # type: ignore[misc]

@@ -1,5 +1,6 @@
 """Per-task gradients: Jacobians, Gramians and the gradients at a shared representation."""
 
+from polytask.autograd.directional import directional_derivatives
 from polytask.autograd.fan_out import Copies, FanOut, LinearHeads
 from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
@@ -20,6 +21,7 @@ __all__ = [
     "SlicedGradients",
     "TaskGradients",
     "Workspace",
+    "directional_derivatives",
     "gramian",
     "jacobian",
     "layerwise_gramian",

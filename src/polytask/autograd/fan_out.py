@@ -1,7 +1,7 @@
 """A shared representation handed to several heads, whose backward sees the gradient of every task apart.
 
 Plain autograd adds the gradients of all heads where they meet. A :class:`FanOut` keeps them apart until they are
-together in one place, inside **one** backward pass of the sum of losses; there a combination of them is chosen and
+together at one :class:`Junction`, inside **one** backward pass of the sum of losses; there a combination of them is chosen and
 passed on to the trunk. Every parameter still receives its gradient once, through the ordinary hooks: distributed
 wrappers, gradient scalers, compiled trunks and activation checkpoints notice nothing.
 """
@@ -23,22 +23,41 @@ Select = Callable[[Sequence[str]], TaskGradients]
 Combine = Callable[[frozenset[str], Select], Tensor]
 
 
-class FanOut:
-    """The meeting point of several heads on one shared representation during one forward pass.
+class Junction:
+    """What the backward pass finds where the gradients of the heads meet.
+
+    It holds no tensor of the graph: the graph holds it, and a cycle through the graph is one that no garbage collector sees.
 
     Attributes:
-        tensor: the representation z, shape (batch, ...).
-        tasks: the tasks whose heads read it, in order.
+        tasks: the tasks whose heads meet here, in order.
+        bias: for linear heads run as one product, which of them have a bias; else empty.
         combine: set by the engine before the backward pass. It is told which tasks have a gradient here and given a function from
             an order of them to their :class:`TaskGradients`, and returns the gradient for the trunk. None adds them up.
         workspace: where rows are written, lent by the engine together with ``combine``.
     """
 
-    def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Iterable[str]) -> None:
-        self.tensor = tensor
+    def __init__(self, tasks: Iterable[str], bias: Iterable[bool] = ()) -> None:
         self.tasks = tuple(tasks)
+        self.bias = tuple(bias)
         self.combine: Combine | None = None
         self.workspace: Workspace | None = None
+
+    def inputs_of(self, k: int) -> tuple[int, ...]:
+        """Which inputs of the joint product (z, the weights, the biases) the k-th output of linear heads depends on."""
+        return (0, 1 + k, 1 + len(self.tasks) + sum(self.bias[:k])) if self.bias[k] else (0, 1 + k)
+
+
+class FanOut:
+    """A shared representation and the heads that read it, during one forward pass.
+
+    Attributes:
+        tensor: the representation z, shape (batch, ...).
+        junction: where the gradients of the heads meet.
+    """
+
+    def __init__(self, tensor: Float[Tensor, "batch *shape"], junction: Junction) -> None:
+        self.tensor = tensor
+        self.junction = junction
 
 
 class Copies(FanOut):
@@ -49,34 +68,36 @@ class Copies(FanOut):
     """
 
     def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Iterable[str]) -> None:
-        super().__init__(tensor, tasks)
-        views: tuple[Tensor, ...] = (tensor,) * len(self.tasks)
+        super().__init__(tensor, Junction(tasks))
+        names = self.junction.tasks
+        views: tuple[Tensor, ...] = (tensor,) * len(names)
         if tensor.requires_grad:
-            views = _Split.apply(tensor, self)  # type: ignore[no-untyped-call]
-        self.copies: dict[str, Tensor] = dict(zip(self.tasks, views, strict=True))
+            views = _Split.apply(tensor, self.junction)  # type: ignore[no-untyped-call]
+        self.copies: dict[str, Tensor] = dict(zip(names, views, strict=True))
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, port: Copies) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, z: Tensor, junction: Junction) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.port = port
-        return tuple(z.view_as(z) for _ in port.tasks)
+        ctx.junction = junction
+        return tuple(z.view_as(z) for _ in junction.tasks)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None]:
-        port: Copies = ctx.port
-        present = {n: g for n, g in zip(port.tasks, gradients, strict=True) if g is not None}
+        junction: Junction = ctx.junction
+        present = {n: g for n, g in zip(junction.tasks, gradients, strict=True) if g is not None}
         if not present:
             return None, None
-        if port.combine is None:
+        if junction.combine is None:
             return _total(present.values()), None
-        memory = port.workspace or Workspace()
+        memory = junction.workspace or Workspace()
+        shape = next(iter(present.values())).shape
 
         def select(names: Sequence[str]) -> TaskGradients:
             return DenseGradients(memory.stack([present[n] for n in names]))
 
-        return port.combine(frozenset(present), select).view_as(port.tensor), None
+        return junction.combine(frozenset(present), select).view(shape), None
 
 
 class LinearHeads(FanOut):
@@ -87,16 +108,11 @@ class LinearHeads(FanOut):
     """
 
     def __init__(self, tensor: Float[Tensor, "batch *shape"], heads: Mapping[str, nn.Linear]) -> None:
-        super().__init__(tensor, heads)
-        self.bias = tuple(h.bias is not None for h in heads.values())
+        super().__init__(tensor, Junction(heads, (h.bias is not None for h in heads.values())))
         weights = [h.weight for h in heads.values()]
         biases = [h.bias for h in heads.values() if h.bias is not None]
-        outputs = _Joined.apply(tensor, *weights, *biases, self)  # type: ignore[no-untyped-call]
-        self.outputs: dict[str, Tensor] = dict(zip(self.tasks, outputs, strict=True))
-
-    def inputs_of(self, k: int) -> tuple[int, ...]:
-        """Which inputs of the joint product (z, the weights, the biases) the k-th output depends on."""
-        return (0, 1 + k, 1 + len(self.tasks) + sum(self.bias[:k])) if self.bias[k] else (0, 1 + k)
+        outputs = _Joined.apply(tensor, *weights, *biases, self.junction)  # type: ignore[no-untyped-call]
+        self.outputs: dict[str, Tensor] = dict(zip(heads, outputs, strict=True))
 
     @staticmethod
     def fits(heads: Iterable[nn.Module]) -> bool:
@@ -107,12 +123,12 @@ class LinearHeads(FanOut):
 class _Joined(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        *parameters, port = arguments
-        weights, rest = parameters[: len(port.tasks)], parameters[len(port.tasks) :]
-        biases = [rest.pop(0) if has else w.new_zeros(len(w)) for w, has in zip(weights, port.bias, strict=True)]
+        *parameters, junction = arguments
+        weights, rest = parameters[: len(junction.tasks)], parameters[len(junction.tasks) :]
+        biases = [rest.pop(0) if has else w.new_zeros(len(w)) for w, has in zip(weights, junction.bias, strict=True)]
         ctx.save_for_backward(z, *weights)
         ctx.set_materialize_grads(False)
-        ctx.port = port
+        ctx.junction = junction
         joined = F.linear(z, torch.cat(weights), torch.cat(biases))
         return tuple(torch.unsafe_split_with_sizes(joined, [len(w) for w in weights], dim=-1))
 
@@ -120,8 +136,8 @@ class _Joined(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         z, *weights = ctx.saved_tensors
-        port: LinearHeads = ctx.port
-        n_arguments = len(weights) + sum(port.bias) + 2
+        junction: Junction = ctx.junction
+        n_arguments = len(weights) + sum(junction.bias) + 2
         present = [k for k, g in enumerate(gradients) if g is not None]
         if not present:
             return (None,) * n_arguments
@@ -131,12 +147,13 @@ class _Joined(torch.autograd.Function):
         found: list[Tensor | None] = [None] * n_arguments
         dW = torch.split(D.T @ z.reshape(-1, z.shape[-1]).to(W.dtype), sizes)
         for k, dw, db in zip(present, dW, torch.split(D.sum(0), sizes), strict=True):
-            for place, g in zip(port.inputs_of(k)[1:], (dw, db), strict=False):
+            for place, g in zip(junction.inputs_of(k)[1:], (dw, db), strict=False):
                 found[place] = g
         if ctx.needs_input_grad[0]:
             ends = torch.tensor(sizes).cumsum(0).tolist()
-            columns = {port.tasks[k]: slice(end - size, end) for k, end, size in zip(present, ends, sizes, strict=True)}
-            dz = D @ W if port.combine is None else port.combine(frozenset(columns), _factored(D, W, columns))
+            names = [junction.tasks[k] for k in present]
+            columns = {n: slice(end - size, end) for n, end, size in zip(names, ends, sizes, strict=True)}
+            dz = D @ W if junction.combine is None else junction.combine(frozenset(columns), _factored(D, W, columns))
             found[0] = dz.view(z.shape).to(z.dtype)
         return tuple(found)
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from polytask.balancing.base import (
-    Balancer,
-    GradientAggregator,
-    GramianWeighting,
-    LossWeighting,
-    Observation,
-    Preference,
-)
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Preference
 from polytask.balancing.engine import backward
+from polytask.balancing.observation import Observation
 from polytask.errors import InputError
 from polytask.registry import find
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from polytask.autograd import Processes, gramian, jacobian, leaves
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting
-from polytask.balancing.observation import Observation
 from polytask.balancing.losses import same_start
+from polytask.balancing.observation import Observation
 from polytask.errors import TrainingError
 
 

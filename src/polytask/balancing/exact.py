@@ -21,8 +21,8 @@ from polytask.autograd import (
 )
 from polytask.autograd.layerwise import UnsupportedGraphError, streaming_pays
 from polytask.balancing.base import Balancer, GramianWeighting
-from polytask.balancing.observation import Observation
 from polytask.balancing.losses import Step
+from polytask.balancing.observation import Observation
 from polytask.balancing.weighing import remaining, reused, unusable, weigh, weigh_gramian
 from polytask.errors import InputError
 
