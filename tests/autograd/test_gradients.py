@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import polytask
 from polytask.autograd import Copies, DenseGradients, LinearGradients, LinearHeads, Workspace, gramian, jacobian, leaves
+from polytask.balancing import make
+from polytask.models import HardSharing
 
 
 def test_leaves_are_found_once_and_not_behind_a_barrier():
@@ -127,7 +132,7 @@ def test_copies_add_up_to_plain_autograd_and_leave_absent_tasks_out():
         seen.append(sorted(present))
         return select(["b", "a"]).combination(torch.tensor([10.0, 1.0]))
 
-    port.combine = combine
+    port.junction.combine = combine
     (port.copies["a"].sum() + (2 * port.copies["b"]).sum()).backward()
     assert seen == [["a", "b"]]
     assert torch.equal(z.grad, torch.full_like(z, 21.0))
@@ -145,3 +150,21 @@ def test_workspace_grows_and_hands_out_the_same_memory():
     assert first.data_ptr() == second.data_ptr()
     assert memory.matrix(10, 10, like).shape == (10, 10)
     assert memory.matrix(1, 1, like.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_step_outlives_itself(deep, backward):
+    """A cycle through the graph is invisible to the garbage collector: each step's representation would stay for good."""
+    model = HardSharing(
+        nn.Linear(4, 8), {n: nn.Sequential(nn.Linear(8, 2), nn.Tanh()) if deep else nn.Linear(8, 2) for n in "ab"}
+    )
+    balancer = make("mgda")
+    alive = []
+    for _ in range(4):
+        losses = {n: (o**2).mean() for n, o in model(torch.randn(3, 4)).items()}
+        alive.append(weakref.ref(model.features["features"].tensor))
+        if backward:
+            polytask.backward(losses, balancer=balancer, features=model.features)
+        del losses
+    assert [r() is not None for r in alive] == [False, False, False, True]

@@ -1,7 +1,7 @@
 """Per-task gradients: Jacobians, Gramians and the gradients at a shared representation."""
 
 from polytask.autograd.directional import directional_derivatives
-from polytask.autograd.fan_out import Copies, FanOut, LinearHeads
+from polytask.autograd.fan_out import Copies, FanOut, Junction, LinearHeads
 from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
@@ -15,6 +15,7 @@ __all__ = [
     "DenseGradients",
     "DisjointGradients",
     "FanOut",
+    "Junction",
     "LinearGradients",
     "LinearHeads",
     "Processes",

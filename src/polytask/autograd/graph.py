@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polytask.autograd.fan_out import LinearHeads
+from polytask.autograd.fan_out import Junction
 from polytask.errors import InputError
 
 
@@ -35,8 +35,9 @@ def leaves(output: Tensor, stop_at: Iterable[Tensor] = (), complete: bool = Fals
     stack: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
     while stack:
         node, output_number = stack.pop()
-        port = getattr(node, "port", None)
-        entry = (node, output_number if isinstance(port, LinearHeads) else 0)
+        junction = getattr(node, "junction", None)
+        joined = junction if isinstance(junction, Junction) and junction.bias else None
+        entry = (node, output_number if joined else 0)
         if entry in seen or node in barrier:
             continue
         seen.add(entry)
@@ -51,7 +52,7 @@ def leaves(output: Tensor, stop_at: Iterable[Tensor] = (), complete: bool = Fals
                 "make them with use_reentrant=False, or balance at level='representation'"
             )
         children = node.next_functions
-        if isinstance(port, LinearHeads):
-            children = [children[i] for i in port.inputs_of(output_number)]
+        if joined:
+            children = [children[i] for i in joined.inputs_of(output_number)]
         stack.extend(child for child in reversed(children) if child[0] is not None)
     return list(found.values())

@@ -142,15 +142,15 @@ def _values(balancer: LossWeighting, step: Step, ports: list[FanOut | Tensor]) -
                 w = (weights * step.scale).double()
                 seen = _everywhere(select(names), step.processes)
                 observation.gramian = seen.gramian() / torch.outer(w, w)
-            everyone = [n for n in port.tasks if n in present]
+            everyone = [n for n in port.junction.tasks if n in present]
             return select(everyone).combination(total.new_ones(len(everyone)))
 
-        port.combine, port.workspace = watch, balancer.workspace
+        port.junction.combine, port.junction.workspace = watch, balancer.workspace
     try:
         (total * step.scale if step.scale != 1.0 else total).backward()  # type: ignore[no-untyped-call]
     finally:
         if port is not None:
-            port.combine = None
+            port.junction.combine = None
     return observation
 
 
@@ -173,11 +173,11 @@ def _one_pass(balancer: Balancer, step: Step, port: FanOut) -> Observation:
         return torch.zeros_like(port.tensor).flatten() if direction is None else direction
 
     memory = _Memory(step, [port.tensor])
-    port.combine, port.workspace = combine, balancer.workspace
+    port.junction.combine, port.junction.workspace = combine, balancer.workspace
     try:
         step.total.backward()  # type: ignore[no-untyped-call]
     finally:
-        port.combine = None
+        port.junction.combine = None
     if not seen:
         raise InputError("no loss depends on the given features: is this the representation of the same forward pass?")
     memory.restore(seen[0])
