@@ -88,6 +88,16 @@ def test_bytes_exchanged(tmp_path: Path) -> None:
         assert "all_gather_object" not in exact
 
 
+def test_sharded_parameters(tmp_path: Path) -> None:
+    first, second = launch("sharded", 2, tmp_path)
+    worker = alone()
+    for (name, deep), gradients in first.items():
+        assert all(torch.equal(g, h) for g, h in zip(gradients, second[name, deep], strict=True))
+        _, expected = worker.train(find(name), "copies" if deep else "linear", 3, None, 2)
+        for g, e in zip(gradients, expected, strict=True):
+            assert float((g - e).norm()) < 1e-6 * float(e.norm()), (name, deep)
+
+
 def test_processes_that_disagree_are_told_so_on_every_process(tmp_path: Path) -> None:
     first, second = launch("refusals", 2, tmp_path)
     assert first == second

@@ -191,6 +191,34 @@ class Counting:
             setattr(dist, name, original)
 
 
+def sharded(rank: int, world: int) -> dict[str, Any]:
+    """Three steps with parameters sharded by fully_shard, at the levels that leave averaging to it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    found: dict[str, Any] = {}
+    for name, deep in (("uncertainty", True), ("upgrad", True), ("upgrad", False), ("graddrop", True)):
+        module = Forward(model(deep))
+        fully_shard(module, mesh=mesh)
+        balancer, gradients = make(name), []
+        for step in range(3):
+            x, y, labelled = batch(step, rank, world)
+            module.zero_grad()
+            losses = losses_of(module(x), y, labelled)
+            counts = {n: rows.sum() for n, rows in labelled.items()}
+            polytask.backward(losses, balancer=balancer, features=module.model.features, counts=counts)
+            gradients.append(torch.cat([p.grad.full_tensor().flatten() for p in module.parameters()]))
+            with torch.no_grad():
+                for p, g in zip(
+                    module.parameters(), gradients[-1].split([p.numel() for p in module.parameters()]), strict=True
+                ):
+                    whole = p.full_tensor() - 0.02 * g.view(p.shape) / max(1.0, float(g.norm()))
+                    p.copy_(torch.distributed.tensor.distribute_tensor(whole, mesh, p.placements))
+        found[name, deep] = gradients
+    return found
+
+
 def refusals(rank: int, world: int) -> dict[str, str]:
     """What is said where processes disagree; each must be said by all of them, or the others would wait for ever."""
     found = {}
@@ -225,7 +253,9 @@ if __name__ == "__main__":
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     try:
-        found = {"every_method": every_method, "volume": volume, "refusals": refusals}[scene](rank, world)
+        found = {"every_method": every_method, "volume": volume, "sharded": sharded, "refusals": refusals}[scene](
+            rank, world
+        )
         torch.save(found, os.path.join(folder, f"{rank}.pt"))
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -55,12 +55,14 @@ def directional_derivatives(
     with torch.no_grad(), forward_ad.dual_level():
         held: dict[str, Tensor] = {f"module.{n}": b.clone() for n, b in module.named_buffers()}
         for n, p in parameters.items():
-            held[f"module.{n}"] = forward_ad.make_dual(p.detach(), direction[n].to(p)) if n in direction else p.detach()
+            held[f"module.{n}"] = (
+                cast(Any, forward_ad.make_dual)(p.detach(), direction[n].to(p)) if n in direction else p.detach()
+            )
         try:
             found = torch.func.functional_call(_Applied(module), held, (losses,))
         except NotImplementedError as error:
             raise InputError(f"the model cannot be differentiated in forward mode: {error}") from error
-        slopes = {n: forward_ad.unpack_dual(loss) for n, loss in found.items()}
+        slopes = {n: cast(Any, forward_ad.unpack_dual)(loss) for n, loss in found.items()}
         return {
             n: torch.zeros_like(s.primal) if s.tangent is None else s.tangent.detach().clone()
             for n, s in slopes.items()
