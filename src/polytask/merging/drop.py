@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -41,6 +42,7 @@ class Drop(Filter):
             if rho < 1:
                 generator = place.generator(t)
                 for _, piece in chunks(row[None]):
-                    mask = piece.new_empty(piece.shape).bernoulli_(rho, generator=generator)
-                    piece.mul_(mask.div_(rho) if self.rescale else mask)
+                    piece *= torch.rand(piece.shape, generator=generator) < rho
+                    if self.rescale:
+                        piece /= rho
         return D
