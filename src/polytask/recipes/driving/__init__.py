@@ -1,0 +1,1 @@
+"""Perception and prediction on the road."""
