@@ -21,7 +21,8 @@ NEAR = 0.1  # of an end of the front
     domain="optimization",
     paper="arXiv:2501.10945",
     claim="On a concave front linear scalarization ends at the end points whatever the weights, while smooth Tchebycheff scalarization "
-    "lands on the asked rays and covers the front. EPO and FERERO, of which the survey says the same, are not in this library and not tried.",
+    "lands on the asked rays and covers the front. EPO and FERERO, of which the survey says the same, are not in this library and not "
+    "tried.",
     reference="The specification's run (its figures): linear scalarization puts 100 % of the solutions within 0.1 of an end, angle 68 "
     "degrees, hypervolume .042; STCH 2.0 degrees, EPO 0.3, FERERO 0.0, their hypervolumes .29.",
     seeds=3,
