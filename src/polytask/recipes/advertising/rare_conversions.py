@@ -63,7 +63,7 @@ class RareConversionsRecipe(Recipe):
         Arm("equal", "two towers, equal weights"),
         Arm("tuned", "two towers, tuned weight", candidates=(2.0, 5.0, 10.0)),
         Arm("towers", "two towers, rare weighs 5", "method"),
-        Arm("residual", "same, rare tower on top of the other (ours)", "method"),
+        Arm("residual", "same, residual rare tower", "method"),
     )
     measures: ClassVar = (
         Measure("auc_hard", "area under the ROC curve of rare types", True),

@@ -52,10 +52,10 @@ class TurboTrainRecipe(Recipe):
     learning_rate: float = 2e-3
 
     arms: ClassVar = (
-        Arm("single_task", "a model for each task, scratch", "reference"),
+        Arm("single_task", "one model a task, scratch", "reference"),
         Arm("joint", "joint, from scratch"),
         Arm("free", "pretrained, free steps"),
-        Arm("turbotrain", "pretrained, in turn (TurboTrain)", "method"),
+        Arm("turbotrain", "pretrained, TurboTrain", "method"),
     )
     measures: ClassVar = (
         Measure("f1", "F1 of detection at the best threshold, one cell of tolerance", True),

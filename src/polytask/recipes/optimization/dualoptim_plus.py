@@ -84,7 +84,7 @@ class DualOptimPlusRecipe(Recipe):
         Arm("alternating", "Adam, alternating"),
         Arm("dualoptim", "DualOptim (two Adams)"),
         Arm("dualoptim_plus", "DualOptim+", "method"),
-        Arm("eight_bits", "DualOptim+, wide layer in 8 bits", "method"),
+        Arm("eight_bits", "DualOptim+ in 8 bits", "method"),
         Arm("floored", "DualOptim+, floor 0.01 (ours)", "method"),
     )
     measures: ClassVar = (

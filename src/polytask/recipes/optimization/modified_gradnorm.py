@@ -75,11 +75,11 @@ class ModifiedGradNormRecipe(Recipe):
     arms: ClassVar = (
         Arm("single_task", "four models, one a task", "reference"),
         Arm("fixed", "fixed equal weights"),
-        Arm("tuned", "fixed, tuned weight of the small task", candidates=(1.0, 2.0, 5.0, 20.0)),
+        Arm("tuned", "fixed, one weight tuned", candidates=(1.0, 2.0, 5.0, 20.0)),
         Arm("gradnorm", "GradNorm, every step"),
         Arm("clean_slow", "modified GradNorm, rate 0.1", "method"),
         Arm("clean", "modified GradNorm, rate 0.5", "method"),
-        Arm("published", "same with the published quirks, rate 0.1", "method"),
+        Arm("published", "published program, rate 0.1", "method"),
     )
     measures: ClassVar = (
         Measure("mean", "mean error of the four tasks, in variances of their targets"),
