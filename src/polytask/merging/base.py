@@ -152,6 +152,8 @@ class TaskVectorMerger(Merger):
     """Whether ``update`` applies the weights, because it also normalises by them."""
 
     def __init__(self, *, scale: float = 1.0, weights: PerExpert = 1.0) -> None:
+        in_range(scale, "the scale", float("-inf"), float("inf"))
+        in_range(weights, "a weight", float("-inf"), float("inf"))
         self.scale, self.weights = scale, weights
 
     def merge(self, W0: Tensor | None, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:
@@ -222,10 +224,11 @@ def in_range(value: PerExpert, name: str, low: float, high: float, *, open_low: 
     """Check a number, or one for each expert, when a method is made.
 
     Raises:
-        InputError: outside [low, high].
+        InputError: outside [low, high], or no number.
     """
-    for v in [value] if isinstance(value, int | float) else value:
+    for v in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(v, int | float):
+            raise InputError(f"{name} is a number, or one for each expert, not {v!r}")
         if not (low < v if open_low else low <= v) or not v <= high:
-            raise InputError(
-                f"{name} lies between {low:g} and {high:g}{', not at ' + format(low, 'g') if open_low else ''}, not {v}"
-            )
+            beside = f", not at {low:g}" if open_low else ""
+            raise InputError(f"{name} lies between {low:g} and {high:g}{beside}, not {v}")

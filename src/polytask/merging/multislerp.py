@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.errors import InputError
-from polytask.merging.base import PerExpert, Place, WeightMerger, per_expert
+from polytask.merging.base import PerExpert, Place, WeightMerger, in_range, per_expert
 from polytask.registry import register
 
 TINY = 1e-8
@@ -35,6 +35,7 @@ class MultiSlerp(WeightMerger):
     """
 
     def __init__(self, *, weights: PerExpert = 1.0) -> None:
+        in_range(weights, "a weight", float("-inf"), float("inf"))
         self.weights = weights
 
     def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.errors import InputError
-from polytask.merging.base import PerExpert, Place, WeightMerger, per_expert
+from polytask.merging.base import PerExpert, Place, WeightMerger, in_range, per_expert
 from polytask.registry import register
 
 
@@ -31,6 +31,7 @@ class Weighted(WeightMerger):
     """
 
     def __init__(self, *, weights: PerExpert = 1.0, normalize: bool = True) -> None:
+        in_range(weights, "a weight", float("-inf"), float("inf"))
         self.weights, self.normalize = weights, normalize
 
     def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
