@@ -79,9 +79,14 @@ class Step:
         return time.perf_counter() - started
 
 
+def build(name: str) -> Balancer:
+    """A method with its defaults; ``famo:one look`` is FAMO on the next step's losses instead of a second forward pass."""
+    return make("famo", second_look=False) if name == "famo:one look" else make(name)
+
+
 def ratios(trunk_name: str, n_tasks: int, names: list[str], rounds: int, exact: bool) -> dict[str, float]:
     level = "exact" if exact else "auto"
-    steps = {n: Step(trunk_name, n_tasks, make(n), level) for n in names}
+    steps = {n: Step(trunk_name, n_tasks, build(n), level) for n in names}
     plain = Step(trunk_name, n_tasks, None)
     found: dict[str, list[float]] = {n: [] for n in names}
     for step in (plain, *steps.values()):
@@ -108,14 +113,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    names = options.methods or [m.name for m in methods("balancing") if not m.example]
+    names = options.methods or [*(m.name for m in methods("balancing") if not m.example), "famo:one look"]
     rows = {(t, k): ratios(t, k, names, options.rounds, options.exact) for t in options.trunks for k in options.tasks}
     if options.json:
         print(json.dumps([{"trunk": t, "tasks": k, **r} for (t, k), r in rows.items()]))
         return
     print("ratio to a plain step".ljust(32) + "".join(f"{t[:6]} K={k:<3d}".rjust(13) for t, k in rows))
     for name in names:
-        kind = make(name)
+        kind = build(name)
         level = (
             "values"
             if isinstance(kind, LossWeighting)

@@ -380,3 +380,16 @@ class TestMConFIG:
             v = 0.999 * v + 0.001 * ((after - 0.9 * common) / 0.1) ** 2
             common = after
             assert torch.allclose(d, u / (v / (1 - 0.999**t)).sqrt(), rtol=1e-9)
+
+
+def test_famo_without_a_second_look_takes_the_next_losses_for_it():
+    """The free variant on a batch that comes again is the exact one."""
+    first, second = torch.tensor([1.0, 2.0, 5.0]), torch.tensor([0.9, 1.9, 3.0])
+    free, exact = make("famo", second_look=False), make("famo")
+    assert (free.needs_second_evaluation, exact.needs_second_evaluation) == (False, True)
+    for balancer in (free, exact):
+        balancer.bind(["a", "b", "c"])
+        balancer.weights(first)
+    exact.after_step(dict(zip("abc", second, strict=True)))
+    torch.testing.assert_close(free.weights(second), exact.weights(second), rtol=0, atol=0)
+    assert not torch.equal(free.state["xi"], torch.zeros(3))

@@ -73,7 +73,7 @@ class Balancer(ABC):
 
     needs: ClassVar[str]
     method: ClassVar[Method]
-    needs_second_evaluation: ClassVar[bool] = False
+    needs_second_evaluation: bool = False
     takes_logarithms: ClassVar[bool] = False
 
     def __init__(

@@ -39,17 +39,25 @@ class FAMO(LossWeighting):
         lr: step size of :math:`\xi`.
         decay: weight decay of :math:`\xi`; the paper uses 0.001 to 0.02.
         lowest: :math:`L^{\min}`, a lower bound of every loss.
+        second_look: whether the training loop is to look at the losses of the same batch again. Without, steps cost what those
+            of any loss weighting cost, and the next step's losses stand in.
 
     Cost: one more forward pass a step, or none.
     """
 
-    needs_second_evaluation = True
     takes_logarithms = True
 
     def __init__(
-        self, *, lr: float = 0.025, decay: float = 1e-3, lowest: float = 0.0, **base: Unpack[BaseOptions]
+        self,
+        *,
+        lr: float = 0.025,
+        decay: float = 1e-3,
+        lowest: float = 0.0,
+        second_look: bool = True,
+        **base: Unpack[BaseOptions],
     ) -> None:
         super().__init__(**base)
+        self.second_look = self.needs_second_evaluation = second_look
         self.lr, self.decay, self.lowest = lr, decay, lowest
         self.adam = InnerAdam("xi", lr, decay)
 
