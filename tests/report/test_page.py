@@ -234,6 +234,14 @@ def test_weights_are_shown_as_shares_of_their_total(results: dict[str, Any]) -> 
         assert line["y"] == pytest.approx(wanted, rel=1e-3)
 
 
+def test_weights_of_separate_networks_are_not_shares_of_one_total(results: dict[str, Any]) -> None:
+    before = Page(page(results)).sections["weights"]
+    moving = next(m for m in results["methods"] if m["name"] == "upgrad")
+    results["methods"].append({**moving, "name": "groups", "label": "Groups of tasks"})
+    results["history"]["groups"] = results["history"]["upgrad"]
+    assert Page(page(results)).sections["weights"] == before
+
+
 def test_fixed_weights_stand_in_words_even_without_a_history(results: dict[str, Any]) -> None:
     results["history"]["scalarization"] = {}
     names, percents = [t["name"] for t in results["tasks"]], (14, 21, 29, 36)  # weights 0.5, 0.75, 1 and 1.25

@@ -15,6 +15,7 @@ OF_CURVES = (
     "Lines are means over seeds, bands reach from the lowest to the highest seed. "
     "Where some seeds stopped early, the line goes on with the others."
 )
+GROUPS = "groups"
 OF_WEIGHTS = (
     "How the total weight was shared between the tasks' losses or gradients, in percent: "
     "means over seeds, with the band from the lowest to the highest."
@@ -122,6 +123,8 @@ def _joint_first(results: Results) -> list[Mapping[str, Any]]:
 
 
 def _shares(results: Results, method: Mapping[str, Any], names: Sequence[str]) -> list[Line]:
+    if method["name"] == GROUPS:  # weights of separate networks share no total
+        return []
     weights = [h.get("weights") or {} for h in histories(results, method["name"])]
     if not any(weights) and method.get("weights"):  # fixed weights need no history
         weights = [{name: [w] for name, w in method["weights"].items()}]
