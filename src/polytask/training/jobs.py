@@ -59,7 +59,8 @@ class StudyData:
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
         """The inputs of a part."""
-        return {n: torch.from_numpy(np.asarray(a)) for n, a in self.inputs[name].items()}
+        # workers get large arrays as read-only maps of one file, which torch will not share without a warning
+        return {n: torch.from_numpy(np.array(a)) for n, a in self.inputs[name].items()}
 
 
 @dataclass(frozen=True)
