@@ -59,7 +59,8 @@ def some_statistics(method: Method, expert: int) -> State:
     floats = {n: v for n, v in model(1000 + expert).items() if v.is_floating_point()}
     if method.factory.statistic == "fisher":
         return {n: v.square() for n, v in floats.items()}
-    return {n: v.T @ v for n, v in floats.items() if v.ndim == 2}
+    ones = {n: torch.cat([v, torch.ones(len(v), 1, dtype=v.dtype)], 1) for n, v in floats.items() if v.ndim == 2}
+    return {n: v.T @ v for n, v in ones.items()}
 
 
 def experts_for(method: Method) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from polytask.errors import InputError
-from polytask.merging import gather_fisher, gather_gramians, make, make_filter, merge
+from polytask.merging import gather_fisher, make, make_filter, merge
 from polytask.merging.base import Place
 from polytask.merging.magnitudes import FEW, Census, kth_largest_magnitude
 from polytask.merging.spectral import leading_triplets, polar
@@ -252,28 +252,14 @@ def test_cart_at_full_rank_adds_whole_departures() -> None:
 
 def test_regmean_is_the_least_squares_fit() -> None:
     W, X = rows(3, 4, 6, seed=1), [rows(50, 6, seed=10 + t) for t in range(3)]
-    statistics = [{"w": x.T @ x} for x in X]
+    ones = [torch.cat([x, torch.ones(50, 1, dtype=x.dtype)], 1) for x in X]
+    statistics = [{"w": x.T @ x} for x in ones]
     found = of("regmean", W[0], W, alpha=1.0, statistics=statistics)
     targets = torch.cat([x @ w.T for x, w in zip(X, W, strict=True)])
     assert close(found, torch.linalg.lstsq(torch.cat(X), targets).solution.T, 1e-8)
     # inputs that no expert ever saw leave the mean
-    seen = [{"w": torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0])).double()} for _ in W]
+    seen = [{"w": torch.diag(torch.tensor([1.0, 1, 1, 0, 0, 0, 3])).double()} for _ in W]
     assert close(of("regmean", W[0], W, alpha=1.0, statistics=seen)[:, 3:], W.mean(0)[:, 3:])
-
-
-def test_gramians_are_of_the_layer_s_inputs() -> None:
-    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 2)).train()
-    batches = [rows(8, 3, 5, seed=s, dtype=torch.float32) for s in range(3)]
-    found = gather_gramians(net, batches)
-    X = torch.cat(batches).view(-1, 5)
-    hidden = net[:2](X).double()
-    assert set(found) == {"0.weight", "2.weight"}
-    assert close(found["0.weight"], X.double().T @ X.double())
-    assert close(found["2.weight"], hidden.T @ hidden)
-    assert net.training
-    assert not any(m._forward_pre_hooks for m in net.modules())
-    with pytest.raises(InputError, match="no batch"):
-        gather_gramians(net, [])
 
 
 def test_fisher_of_logistic_regression_is_known() -> None:

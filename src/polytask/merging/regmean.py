@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.merging.base import Place, WeightMerger, in_range
+from polytask.merging.statistics import gramian
 from polytask.registry import register
 
 
@@ -46,8 +47,9 @@ class RegMean(WeightMerger):
             return W.mean(0)
         right = torch.zeros(W.shape[1:], dtype=torch.float64)
         left = torch.zeros(W.shape[2], W.shape[2], dtype=torch.float64)
-        for Wt, Gt in zip(W, place.statistics, strict=True):
-            G = self.alpha * Gt + (1 - self.alpha) * torch.diag(Gt.diagonal())
+        for Wt, St in zip(W, place.statistics, strict=True):
+            full = gramian(St)
+            G = self.alpha * full + (1 - self.alpha) * torch.diag(full.diagonal())
             right += Wt.double() @ G
             left += G
         # directions that no input had keep the mean instead of vanishing
