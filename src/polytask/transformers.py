@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from polytask.autograd import Shared
 from polytask.balancing import Balancer, Observation, backward, make
 from polytask.balancing.engine import Features, Level
-from polytask.balancing.exact import Shared
 from polytask.errors import InputError, MissingExtraError
 from polytask.training.checkpoint import load_checkpoint, save_checkpoint
 

@@ -6,6 +6,7 @@ from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
 from polytask.autograd.layerwise import layerwise_gramian
+from polytask.autograd.partition import Group, Parameters, Shared, partition
 from polytask.autograd.processes import DisjointGradients, Processes, SlicedGradients
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
 from polytask.autograd.workspace import Workspace
@@ -15,10 +16,13 @@ __all__ = [
     "DenseGradients",
     "DisjointGradients",
     "FanOut",
+    "Group",
     "Junction",
     "LinearGradients",
     "LinearHeads",
+    "Parameters",
     "Processes",
+    "Shared",
     "SlicedGradients",
     "TaskGradients",
     "Workspace",
@@ -27,4 +31,5 @@ __all__ = [
     "jacobian",
     "layerwise_gramian",
     "leaves",
+    "partition",
 ]

@@ -8,10 +8,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from polytask.autograd import DenseGradients, DisjointGradients, FanOut, Processes, TaskGradients, jacobian, leaves
+from polytask.autograd import (
+    DenseGradients,
+    DisjointGradients,
+    FanOut,
+    Processes,
+    Shared,
+    TaskGradients,
+    jacobian,
+    leaves,
+)
 from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, LossWeighting
-from polytask.balancing.exact import Shared, exact
+from polytask.balancing.exact import exact
 from polytask.balancing.losses import Counts, Losses, OnNonfinite, Step, begin
 from polytask.balancing.observation import Observation
 from polytask.balancing.weighing import weigh

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,47 +12,26 @@ from torch import Tensor, nn
 
 from polytask.autograd import (
     DenseGradients,
+    Group,
     Processes,
+    Shared,
     SlicedGradients,
     TaskGradients,
     jacobian,
     layerwise_gramian,
     leaves,
+    partition,
 )
 from polytask.autograd.layerwise import UnsupportedGraphError, streaming_pays
 from polytask.balancing.base import Balancer, GramianWeighting
 from polytask.balancing.losses import Step
 from polytask.balancing.observation import Observation
 from polytask.balancing.weighing import remaining, reused, unusable, weigh, weigh_gramian
-from polytask.errors import InputError
 
 logger = logging.getLogger(__name__)
 
 # a Jacobian of more bytes than this is not held where the method needs its Gramian only
 STREAM_ABOVE = 2**28
-
-Parameters = Iterable[Tensor] | nn.Module
-Shared = Parameters | Mapping[str, Parameters] | None
-
-
-@dataclass
-class Group:
-    """Shared parameters balanced together, among the tasks that touch them.
-
-    Attributes:
-        key: its name; None for the group that the balancer itself serves, the others having branches of it.
-        members: positions of the tasks among those present.
-        parameters: what they share.
-    """
-
-    key: str | None
-    members: list[int]
-    parameters: list[Tensor]
-
-    @property
-    def size(self) -> int:
-        """The number of coordinates."""
-        return sum(p.numel() for p in self.parameters)
 
 
 def exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
@@ -73,83 +52,6 @@ def exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
                 logger.info("the Gramian cannot be streamed (%s): the Jacobian is held", error)
         return _by_jacobian(balancer, step, groups[0].parameters, own)
     return _by_groups(balancer, step, groups, own)
-
-
-def partition(
-    names: Sequence[str], complete: bool, reached: list[list[Tensor]], shared: Shared
-) -> tuple[list[Group], list[list[Tensor]]]:
-    """The groups of shared parameters, and for each loss the parameters that are in none of them.
-
-    Args:
-        names: the tasks present.
-        complete: whether these are all tasks.
-        reached: for each task, the leaves of its loss.
-        shared: as given to :func:`polytask.backward`.
-    """
-    readers: dict[int, list[int]] = {}
-    for k, mine in enumerate(reached):
-        for p in mine:
-            readers.setdefault(id(p), []).append(k)
-    everyone = list(range(len(names)))
-    if shared is None:
-        by_readers: dict[tuple[int, ...], list[Tensor]] = {}
-        for p in {id(p): p for mine in reached for p in mine}.values():
-            if len(readers[id(p)]) > 1:
-                by_readers.setdefault(tuple(readers[id(p)]), []).append(p)
-        groups = [
-            Group(None if list(who) == everyone else " ".join(names[k] for k in who), list(who), parameters)
-            for who, parameters in by_readers.items()
-        ]
-    elif isinstance(shared, Mapping):
-        groups = _named_groups(shared, readers, complete)
-    else:
-        groups = [Group(None, everyone, _trainable(shared))]
-        _check_shared(groups[0].parameters, readers, names, complete)
-    belongs = {id(p) for g in groups for p in g.parameters}
-    return groups, [[p for p in mine if id(p) not in belongs] for mine in reached]
-
-
-def _named_groups(shared: Mapping[str, Parameters], readers: Mapping[int, list[int]], complete: bool) -> list[Group]:
-    groups = []
-    listed: dict[int, str] = {}
-    for number, (key, parameters) in enumerate(shared.items()):
-        mine = _trainable(parameters)
-        for p in mine:
-            if id(p) in listed:
-                raise InputError(
-                    f"a parameter of shape {tuple(p.shape)} is listed in the groups {listed[id(p)]!r} and {key!r}"
-                )
-            listed[id(p)] = key
-        members = sorted({k for p in mine for k in readers.get(id(p), ())})
-        if not members and complete:
-            raise InputError(f"no loss reaches any of the shared parameters of the group {key!r}")
-        if members:
-            groups.append(Group(None if number == 0 else key, members, mine))
-    return groups
-
-
-def _trainable(parameters: Parameters) -> list[Tensor]:
-    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    return [p for p in given if p.requires_grad]
-
-
-def _check_shared(
-    parameters: list[Tensor], readers: Mapping[int, list[int]], names: Sequence[str], complete: bool
-) -> None:
-    if not any(id(p) in readers for p in parameters):
-        raise InputError("no loss reaches any of the shared parameters: is this the model that made the losses?")
-    if not complete:
-        return
-    lonely = [i for i, p in enumerate(parameters) if id(p) not in readers]
-    if lonely:
-        shapes = ", ".join(f"number {i} of shape {tuple(parameters[i].shape)}" for i in lonely[:3])
-        raise InputError(f"no loss reaches shared parameter {shapes}: take it out of shared=, or freeze it")
-    single = [(i, readers[id(p)][0]) for i, p in enumerate(parameters) if len(readers[id(p)]) == 1]
-    if len(names) > 1 and single:
-        i, k = single[0]
-        raise InputError(
-            f"shared parameter number {i} of shape {tuple(parameters[i].shape)} is not shared: only the loss of {names[k]!r} reaches it"
-        )
 
 
 def _plain(step: Step, own: list[list[Tensor]]) -> Observation:
