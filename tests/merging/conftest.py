@@ -47,6 +47,7 @@ def along(base: State, experts: list[State], factor: float) -> list[State]:
 
 def merged(method: Method, base: State, experts: list[State], statistics: Any = None, **options: Any) -> State:
     """Merge with a merger, or with a filter before plain addition; statistics by expert where none are given."""
+    options = {**method.example, **options}
     if method.family == "filter":
         return merge(base, experts, "task_arithmetic", filters=[make_filter(method.name, **options)], scale=1.0)
     if statistics is None and method.needs == "statistics":

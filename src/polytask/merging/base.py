@@ -220,6 +220,11 @@ def pieces(x: Float[Tensor, "..."], size: int = CHUNK) -> Iterator[Float[Tensor,
         yield flat[start : start + size]
 
 
+def as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Patterns of tensors' names, given as one or several."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 def in_range(value: PerExpert, name: str, low: float, high: float, *, open_low: bool = False) -> None:
     """Check a number, or one for each expert, when a method is made.
 
