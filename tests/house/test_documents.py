@@ -24,6 +24,18 @@ def test_every_python_block_of_the_readme_runs(position: str, tmp_path: Path, mo
     assert claims, "an example leaves something behind that a reader can look at"
 
 
+@pytest.mark.parametrize("document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md"])
+def test_the_python_blocks_of_a_guide_run_one_after_another(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {"__name__": "__main__"}
+    found = blocks(document, "python")
+    assert found
+    for position, code in found.items():
+        exec(compile(code, f"{document} block {position}", "exec"), scope)
+
+
 def test_ci_runs_the_tests_as_the_readme_says(root: Path) -> None:
     commands = "\n".join(blocks("README.md", "bash").values())
     found = re.search(r"python -m pytest[^\n]*", commands)
