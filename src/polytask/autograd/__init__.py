@@ -6,6 +6,7 @@ from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
 from polytask.autograd.layerwise import layerwise_gramian
+from polytask.autograd.named_losses import Losses, named_losses
 from polytask.autograd.partition import Group, Parameters, Shared, partition
 from polytask.autograd.processes import DisjointGradients, Processes, SlicedGradients
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
@@ -20,6 +21,7 @@ __all__ = [
     "Junction",
     "LinearGradients",
     "LinearHeads",
+    "Losses",
     "Parameters",
     "Processes",
     "Shared",
@@ -31,5 +33,6 @@ __all__ = [
     "jacobian",
     "layerwise_gramian",
     "leaves",
+    "named_losses",
     "partition",
 ]

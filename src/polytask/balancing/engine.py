@@ -12,6 +12,7 @@ from polytask.autograd import (
     DenseGradients,
     DisjointGradients,
     FanOut,
+    Losses,
     Processes,
     Shared,
     TaskGradients,
@@ -21,7 +22,7 @@ from polytask.autograd import (
 from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, LossWeighting
 from polytask.balancing.exact import exact
-from polytask.balancing.losses import Counts, Losses, OnNonfinite, Step, begin
+from polytask.balancing.losses import Counts, OnNonfinite, Step, begin
 from polytask.balancing.observation import Observation
 from polytask.balancing.weighing import weigh
 from polytask.errors import InputError

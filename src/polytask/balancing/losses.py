@@ -10,12 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from polytask.autograd import Processes
+from polytask.autograd import Losses, Processes, named_losses
 from polytask.balancing.base import Balancer
 from polytask.balancing.observation import Observation
 from polytask.errors import InputError, TrainingError
 
-Losses = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 Counts = Mapping[str, float | Tensor] | None
 OnNonfinite = Literal["raise", "skip-task", "skip-step"]
 
@@ -75,37 +74,6 @@ class Step:
     def not_taken(self, level: str, skipped: Sequence[str]) -> Observation:
         """What is reported where ``.grad`` stays as it was."""
         return Observation(tuple(self.names), self.values, None, None, level, (*self.skipped, *skipped), taken=False)
-
-
-def named_losses(losses: Losses) -> dict[str, Tensor]:
-    """Losses by name, each a scalar.
-
-    Raises:
-        InputError: anything else than scalars with graph, each given once.
-    """
-    if isinstance(losses, Mapping):
-        named = dict(losses)
-    elif isinstance(losses, Tensor) and losses.ndim != 1:
-        raise InputError(
-            f"a tensor of losses has shape (tasks,), not {tuple(losses.shape)}; name the losses in a dict or give a list"
-        )
-    else:
-        named = {str(i): loss for i, loss in enumerate(losses)}
-    if not named:
-        raise InputError("there is no loss to differentiate")
-    seen: dict[int, str] = {}
-    for name, loss in named.items():
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise InputError(f"the loss of task {name!r} must be a scalar tensor, not {what}")
-        if not loss.requires_grad:
-            raise InputError(
-                f"the loss of task {name!r} has no graph: no parameter that requires gradients leads to it"
-            )
-        if id(loss) in seen:
-            raise InputError(f"the same loss was given for the tasks {seen[id(loss)]!r} and {name!r}")
-        seen[id(loss)] = name
-    return {n: loss if loss.ndim == 0 else loss.reshape(()) for n, loss in named.items()}
 
 
 def begin(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
-from torch.optim import Optimizer
 
+from polytask.autograd import Losses
 from polytask.errors import InputError
 from polytask.optim.blockwise import dequantise, quantise
+from polytask.optim.combination import TaskBalancer
+from polytask.optim.task_optimizer import TaskOptimizer, working
 from polytask.registry import register
 
 States = Literal["both", "base", "delta"]
@@ -28,7 +30,7 @@ SIGNED = {"m": True, "v": False}  # of the base; a delta's second moment may be 
     needs="optimizer",
     aliases=("DualOptimPlus",),
 )
-class DualOptimPlus(Optimizer):
+class DualOptimPlus(TaskOptimizer):
     r"""Adam for objectives that take turns: what they have in common is remembered once, what sets each apart for itself.
 
     At a step of objective o with gradient g, step size :math:`\eta_o` and decoupled weight decay, the base moments
@@ -48,6 +50,9 @@ class DualOptimPlus(Optimizer):
             optimizer.zero_grad()
             losses[objective](next(streams[objective])).backward()
             optimizer.step(objective=objective)
+
+    Where every batch has the losses of all objectives, ``optimizer.backward(losses)`` differentiates that of the objective which has had
+    the fewest steps, and ``optimizer.step()`` serves it.
 
     Args:
         params: parameters or groups of them.
@@ -107,11 +112,55 @@ class DualOptimPlus(Optimizer):
             if not valid:
                 raise InputError(f"dualoptim_plus takes as {name} {allowed}, not {value!r}")
         self.factors, self.states, self.foreach = factors, states, foreach
+        self.tasks = tuple(factors)
+        self._turn: str | None = None
         self._eight_bits = frozenset(("base", "delta") if quantised == "both" else (quantised,)) if bits == 8 else ()
         self._full_below = full_precision_below
         # learning rates may be scheduled; the rest is read from each group too, so that groups may differ
         defaults = {"lr": lr, "betas": betas, "base_betas": base_betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay, "floor": floor})
+
+    @classmethod
+    def for_tasks(cls, parameters: Iterable[Tensor], tasks: Sequence[str], *, lr: float, weight_decay: float) -> Self:
+        return cls(parameters, tasks, lr=lr, weight_decay=weight_decay)
+
+    def backward(
+        self, losses: Losses, *, balancer: TaskBalancer | str | None = None, scaler: torch.amp.GradScaler | None = None
+    ) -> Float[Tensor, " tasks"]:
+        """Add the gradient of one loss to ``.grad``: that of the objective, among those given, which has had the fewest steps.
+
+        Args:
+            losses: {objective: scalar}, or scalars, with graph.
+            balancer: one that gives all objectives the same weight; nothing else has a meaning where they take turns.
+            scaler: the gradient scaler of mixed precision; the gradients then stand scaled.
+
+        Returns:
+            1 for the objective whose turn it is and 0 for the others, shape (losses,); the turn lasts until ``step``.
+
+        Raises:
+            InputError: losses or objectives that do not fit, or different weights.
+            TrainingError: a loss that is not finite (with an active scaler its step is skipped instead).
+
+        Cost: one backward pass.
+        """
+        given = self.begin(losses, balancer, None, scaler)
+        if given.weights is None or not bool((given.weights == given.weights[0]).all()):
+            raise InputError(
+                "the objectives of dualoptim_plus take turns: give each a factor of the learning rate in place of a balancer"
+            )
+        if self._turn is None:
+            served = {n: max((s["steps"][n] for s in self.state.values()), default=0) for n in given.names}
+            self._turn = min(served, key=lambda n: served[n])
+        weights = given.values.new_tensor([float(n == self._turn) for n in given.names])
+        for name, loss in zip(given.names, given.losses, strict=True):
+            if name == self._turn:
+                (given.scale * loss).backward()  # type: ignore[no-untyped-call]
+        return weights
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear ``.grad`` and whose turn it is."""
+        super().zero_grad(set_to_none)
+        self._turn = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None, *, objective: str | None = None) -> float | None:  # type: ignore[override]
@@ -119,12 +168,12 @@ class DualOptimPlus(Optimizer):
 
         Args:
             closure: evaluated first, where given.
-            objective: whose gradient ``.grad`` holds; may be left out where there is only one.
+            objective: whose gradient ``.grad`` holds; may be left out where there is only one, and after ``backward``.
 
         Raises:
             InputError: an objective that is none of those named at the start, or none where there are several.
         """
-        o = next(iter(self.factors)) if objective is None and len(self.factors) == 1 else objective
+        o = (self._turn or (self.tasks[0] if len(self.tasks) == 1 else None)) if objective is None else objective
         if o not in self.factors:
             raise InputError(f"a step serves one of the objectives {', '.join(self.factors)}, not {objective!r}")
         loss = None
@@ -138,13 +187,14 @@ class DualOptimPlus(Optimizer):
                     self.state[p].update(self._initial(p))
             for parameters in self._together(ready, o):
                 self._update(parameters, group, o)
+        self._turn = None
         return loss
 
     def _initial(self, p: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = {"steps": dict.fromkeys(self.factors, 0)}
         for owner in (*((None,) if self.states != "delta" else ()), *(self.factors if self.states != "base" else ())):
             for moment in ("m", "v"):
-                self._keep(state, owner, moment, torch.zeros_like(p, dtype=_working(p.dtype)))
+                self._keep(state, owner, moment, torch.zeros_like(p, dtype=working(p.dtype)))
         return state
 
     def _keep(self, state: dict[str, Any], owner: str | None, moment: str, value: Tensor) -> None:
@@ -162,9 +212,9 @@ class DualOptimPlus(Optimizer):
         if f"{key}.codes" in state:
             signed = SIGNED[moment] or objective is not None
             kept = dequantise(state[f"{key}.codes"], state[f"{key}.scale"], signed)
-            return kept.view_as(p).to(_working(p.dtype))
+            return kept.view_as(p).to(working(p.dtype))
         found: Tensor | None = state.get(key)
-        return torch.zeros_like(p, dtype=_working(p.dtype)) if found is None else found
+        return torch.zeros_like(p, dtype=working(p.dtype)) if found is None else found
 
     def _together(self, parameters: Sequence[Tensor], o: str) -> Iterable[list[Tensor]]:
         if not self.foreach:
@@ -181,7 +231,7 @@ class DualOptimPlus(Optimizer):
         (b1, b2), (B1, B2), lr = group["betas"], group["base_betas"], group["lr"] * self.factors[o]
         seen = self.state[parameters[0]]["steps"]
         T, t = sum(seen.values()) + 1, seen[o] + 1
-        g = [p.grad.to(_working(p.dtype)) for p in parameters if p.grad is not None]
+        g = [p.grad.to(working(p.dtype)) for p in parameters if p.grad is not None]
         gg = torch._foreach_mul(g, g)
         mB = [self.moment(p, "m") for p in parameters]
         vB = [self.moment(p, "v") for p in parameters]
@@ -214,7 +264,7 @@ class DualOptimPlus(Optimizer):
         for p in parameters:
             self.state[p]["steps"][o] += 1
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on where ``state_dict()`` was taken.
 
         Raises:
@@ -225,16 +275,3 @@ class DualOptimPlus(Optimizer):
             if list(entry.get("steps", ())) != list(self.factors):
                 raise InputError(f"this state was saved for other objectives than {', '.join(self.factors)}")
         super().load_state_dict(state_dict)
-        # the base class casts what it loads to the parameters' type: codes and single-precision moments are put back as they were
-        places = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, p in zip(places, (p for group in self.param_groups for p in group["params"]), strict=True):
-            if i in saved:
-                self.state[p] = {
-                    k: v.detach().clone().to(p.device) if isinstance(v, Tensor) else copy.copy(v)
-                    for k, v in saved[i].items()
-                }
-
-
-def _working(dtype: torch.dtype) -> torch.dtype:
-    """The type that moments are computed in: half precision is too coarse for running means."""
-    return torch.promote_types(dtype, torch.float32)

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from polytask.autograd import jacobian, leaves
-from polytask.errors import InputError, TrainingError
-from polytask.optim.combination import TaskBalancer, Weights, balanced, weights_before_gradients
+from polytask.autograd import Losses, Shared, jacobian, leaves, partition
+from polytask.errors import InputError
+from polytask.optim.combination import TaskBalancer, Weights, balanced
 from polytask.optim.pair_moments import Cross, PairMoments
-from polytask.registry import find, register
+from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, require_finite
+from polytask.registry import register
 
 
 @register(
@@ -27,7 +28,7 @@ from polytask.registry import find, register
     needs="jacobian",
     aliases=("MAdam", "metric_aware_adam"),
 )
-class MetricAwareAdam(Optimizer):
+class MetricAwareAdam(TaskOptimizer):
     r"""Divide the combined gradient by its second moment **at the present weights** before Adam sees it.
 
     Adam divides by a mean of :math:`(\sum_i \lambda_i g_i)^2` over past weights :math:`\lambda`, so that a present preference is
@@ -90,7 +91,6 @@ class MetricAwareAdam(Optimizer):
         self.inner, self.cross, self.ramp, self.base, self.beta2, self.eps = inner, cross, ramp, base, float(found), eps
         self._join()
         self.rng = np.random.default_rng(seed)
-        self.tasks: tuple[str, ...] = ()
         self.steps = 0
         self._shared: list[int] = []  # positions among all parameters of the groups, in order
         self._moments: PairMoments | None = None
@@ -106,25 +106,24 @@ class MetricAwareAdam(Optimizer):
         self._weights: list[Tensor] = []
         self._drawn: frozenset[int] | None = None
 
-    def bind(self, tasks: Sequence[str]) -> list[int]:
-        """Fix the tasks (once; the first ``backward`` does it unless called before), or find the given ones among them.
+    @classmethod
+    def for_tasks(cls, parameters: Iterable[Tensor], tasks: Sequence[str], *, lr: float, weight_decay: float) -> Self:
+        new = cls(torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay))
+        new.bind(tasks)
+        return new
 
-        Raises:
-            InputError: a task that was not among the first ones.
-        """
-        self.tasks = self.tasks or tuple(tasks)
-        unknown = [t for t in tasks if t not in self.tasks]
-        if unknown:
-            raise InputError(
-                f"this optimizer serves the tasks {', '.join(self.tasks)}; {', '.join(unknown)} is not one of them"
-            )
-        return [self.tasks.index(t) for t in tasks]
+    def bind(self, tasks: Sequence[str], shared: Iterable[Tensor] | None = None) -> list[int]:
+        """Fix the tasks and the shared parameters (once), or find the given tasks among those fixed."""
+        found = super().bind(tasks)
+        if shared is not None and not self._shared:
+            self._share([p for p in shared if p.requires_grad])
+        return found
 
     def backward(
         self,
-        losses: Mapping[str, Tensor] | Sequence[Tensor],
+        losses: Losses,
         *,
-        shared: Iterable[Tensor] | nn.Module | None = None,
+        shared: Shared = None,
         balancer: TaskBalancer | str | None = None,
         weights: Weights = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -145,38 +144,15 @@ class MetricAwareAdam(Optimizer):
             InputError: both a balancer and weights, weights that do not fit, shared parameters that are not the inner optimizer's.
             TrainingError: a loss or gradient that is not finite (with an active scaler its step is skipped instead).
         """
-        named = dict(losses) if isinstance(losses, Mapping) else {str(i): loss for i, loss in enumerate(losses)}
-        if balancer is not None and weights is not None:
-            raise InputError("give a balancer or weights, not both")
-        if isinstance(balancer, str):
-            balancer = cast(TaskBalancer, find(balancer, family="balancing").factory())
-        active = self.bind(list(named))
-        each = [
-            loss.reshape(()) if balancer is None else balancer.transform(loss.reshape(())) for loss in named.values()
-        ]
-        values = torch.stack(each).detach()
-        scale = float(scaler.scale(torch.ones_like(values[0]))) if scaler is not None else 1.0
-        if scale == 1.0:
-            _require_finite("loss", named, values[:, None])
-        own = self._own(each, shared)
-        lam = weights_before_gradients(balancer, weights, list(named), values)
-        if lam is not None and self._samples(active):
-            d = self._few_passes(each, active, own, lam, scale)
+        given = self.begin(losses, balancer, weights, scaler)
+        own = self._own(given, shared)
+        active = self.bind(given.names)
+        if given.weights is not None and self._samples(active):
+            d, lam = self._few_passes(given, active, own, given.weights), given.weights
         else:
-            J, extra = jacobian([scale * loss for loss in each], self.shared, own)
-            J = J / scale
-            if scale == 1.0:
-                _require_finite("gradient", named, J)
-            weighs_losses = lam is not None
-            if lam is None and bool(torch.isfinite(J).all()):
-                d, lam = balanced(cast(TaskBalancer, balancer), J, values)
-            else:  # known weights; or an overflow, which the scaler will find in .grad
-                lam = torch.ones_like(values) if lam is None else lam
-                d = lam.to(J) @ J
-            self._collect(dict(zip(active, J, strict=True)))
-            for k, (mine, gradients) in enumerate(zip(own, extra, strict=True)):
-                _add_to_gradients(mine, gradients, lam[k] if weighs_losses else None)
-        _add_to_gradients(self.shared, [scale * piece for piece in torch.split(d, [p.numel() for p in self.shared])])
+            d, lam = self._all_passes(given, active, own)
+        pieces = torch.split(d, [p.numel() for p in self.shared])
+        add_to_gradients(self.shared, [given.scale * piece for piece in pieces])
         everyone = lam.new_zeros(len(self.tasks))
         everyone[active] = lam
         self._weights.append(everyone)
@@ -188,28 +164,26 @@ class MetricAwareAdam(Optimizer):
         ours = [p for group in self.param_groups for p in group["params"]]
         return [ours[i] for i in self._shared]
 
-    def _own(self, losses: Sequence[Tensor], shared: Iterable[Tensor] | nn.Module | None) -> list[list[Tensor]]:
+    def _share(self, parameters: Sequence[Tensor]) -> None:
+        """Fix the parameters on which tasks meet."""
+        if not parameters:
+            raise InputError("no parameter is shared by two tasks: there is nothing for madam to weigh")
+        wanted = {id(p) for p in parameters}
+        ours = [id(p) for group in self.param_groups for p in group["params"]]
+        if not wanted <= set(ours):
+            raise InputError("a shared parameter is not one of those that the wrapped optimizer was given")
+        self._shared = [i for i, p in enumerate(ours) if p in wanted]
+
+    def _own(self, given: Given, shared: Shared) -> list[list[Tensor]]:
         """For each loss the parameters it reaches that are not shared; the first call fixes which are."""
-        reached = [leaves(loss) for loss in losses]
-        if not self._shared:
-            if shared is None:
-                first: set[int] = set()
-                wanted: set[int] = set()
-                for mine in reached:
-                    wanted |= {id(p) for p in mine} & first
-                    first |= {id(p) for p in mine}
-            else:
-                wanted = {
-                    id(p) for p in (shared.parameters() if isinstance(shared, nn.Module) else shared) if p.requires_grad
-                }
-            if not wanted:
-                raise InputError("no parameter is shared by two tasks: there is nothing for madam to weigh")
-            ours = [id(p) for group in self.param_groups for p in group["params"]]
-            if not wanted <= set(ours):
-                raise InputError("a shared parameter is not one of those that the wrapped optimizer was given")
-            self._shared = [i for i, p in enumerate(ours) if p in wanted]
-        common = {id(p) for p in self.shared}
-        return [[p for p in mine if id(p) not in common] for mine in reached]
+        reached = [leaves(loss, complete=True) for loss in given.losses]
+        first = not self._shared
+        groups, own = partition(
+            given.names, first and len(given.names) == len(self.tasks), reached, shared if first else self.shared
+        )
+        if first:
+            self._share([p for group in groups for p in group.parameters])
+        return own
 
     @property
     def moments(self) -> PairMoments:
@@ -228,17 +202,35 @@ class MetricAwareAdam(Optimizer):
             self._drawn = frozenset(self.rng.choice(active, 2).tolist())
         return True
 
+    def _all_passes(
+        self, given: Given, active: Sequence[int], own: Sequence[Sequence[Tensor]]
+    ) -> tuple[Float[Tensor, " coordinates"], Float[Tensor, " tasks"]]:
+        """One pass for each task, which serves its head too; returns the direction and its weights."""
+        J, extra = jacobian([given.scale * loss for loss in given.losses], self.shared, own)
+        J = J / given.scale
+        if given.scale == 1.0:
+            require_finite("gradient", given.names, J)
+        if given.weights is None and given.balancer is not None and bool(torch.isfinite(J).all()):
+            d, lam = balanced(given.balancer, J, given.values)
+        else:  # known weights; or an overflow, which the scaler will find in .grad
+            lam = torch.ones_like(given.values) if given.weights is None else given.weights
+            d = lam.to(J) @ J
+        self._collect(dict(zip(active, J, strict=True)))
+        for k, (mine, gradients) in enumerate(zip(own, extra, strict=True)):
+            add_to_gradients(mine, gradients, 1.0 if given.weights is None else lam[k])
+        return d, lam
+
     def _few_passes(
-        self, each: Sequence[Tensor], active: Sequence[int], own: Sequence[Sequence[Tensor]], lam: Tensor, scale: float
+        self, given: Given, active: Sequence[int], own: Sequence[Sequence[Tensor]], lam: Tensor
     ) -> Float[Tensor, " coordinates"]:
         """One pass of the weighted sum, which serves the heads too, and one for each drawn task; returns the direction."""
         drawn = [k for k in active if self._drawn is not None and k in self._drawn]
-        total = (lam * torch.stack(list(each))).sum()
+        total = (lam * torch.stack(given.losses)).sum()
         heads = [p for mine in own for p in mine]
-        passes = [total, *(each[active.index(k)] for k in drawn)]
-        J, extra = jacobian([scale * loss for loss in passes], self.shared, [heads, *([] for _ in drawn)])
-        _add_to_gradients(heads, extra[0])
-        J = J / scale
+        passes = [total, *(given.losses[active.index(k)] for k in drawn)]
+        J, extra = jacobian([given.scale * loss for loss in passes], self.shared, [heads, *([] for _ in drawn)])
+        add_to_gradients(heads, extra[0])
+        J = J / given.scale
         self._collect(dict(zip(drawn, J[1:], strict=True)))
         return J[0]
 
@@ -317,24 +309,5 @@ class MetricAwareAdam(Optimizer):
         if metric["moments"] is not None:
             self.moments.load_state_dict(metric["moments"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
-
 
 MAdam = MetricAwareAdam
-
-
-def _require_finite(what: str, names: Iterable[str], rows: Float[Tensor, "tasks coordinates"]) -> None:
-    finite = torch.isfinite(rows).all(1)
-    if not bool(finite.all()):
-        bad = ", ".join(repr(n) for n, ok in zip(names, finite.tolist(), strict=True) if not ok)
-        raise TrainingError(f"the {what} of task {bad} is not finite: no gradient was touched")
-
-
-def _add_to_gradients(
-    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], weight: Tensor | None = None
-) -> None:
-    for p, g in zip(parameters, gradients, strict=True):
-        if g is not None:
-            g = g.view_as(p) if weight is None else weight.to(g) * g.view_as(p)
-            p.grad = g.clone() if p.grad is None else p.grad + g
