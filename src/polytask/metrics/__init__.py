@@ -5,6 +5,7 @@ from polytask.metrics.delta_m import DeltaM, delta_m, mean_over_metrics, mean_ov
 from polytask.metrics.normalised import normalised_score
 from polytask.metrics.ranks import mean_rank, ranks
 from polytask.metrics.replicates import draw_counts, replicates
+from polytask.metrics.simultaneous import simultaneous_intervals
 
 __all__ = [
     "DeltaM",
@@ -22,4 +23,5 @@ __all__ = [
     "ranks",
     "relative_gain",
     "replicates",
+    "simultaneous_intervals",
 ]

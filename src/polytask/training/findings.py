@@ -14,14 +14,14 @@ from polytask.training.jobs import Outcome
 from polytask.training.judging import Bench
 from polytask.training.protocol import EQUAL, GROUPS, SCALARIZATION, SINGLE, Method, Settings, budget_text
 from polytask.training.search import Search
-from polytask.training.study_table import StudyTable
+from polytask.training.study_table import StudyRows
 from polytask.training.verdict import Evidence, effect, judge
 
 SHOWN_GROUPINGS = 20
 
 
 def results_of(
-    table: StudyTable,
+    table: StudyRows,
     settings: Settings,
     search: Search,
     bench: Bench,
@@ -48,7 +48,7 @@ def results_of(
         "schema": 1,
         "data": {
             "source": source,
-            "rows": len(table.frame),
+            "rows": len(table),
             "features": spec["features"],
             "columns": spec["columns"],
             "split": {**table.split.sizes, "how": table.split.how},
@@ -77,7 +77,7 @@ def results_of(
     }
 
 
-def task_rows(table: StudyTable, bench: Bench, joint: str) -> list[dict[str, Any]]:
+def task_rows(table: StudyRows, bench: Bench, joint: str) -> list[dict[str, Any]]:
     """One entry a task: its metrics under single-task training, equal weighting and ``joint``, and what joint training does to it."""
     rows, column = [], 0
     for name, task in table.tasks.items():
@@ -128,6 +128,7 @@ def method_row(
         "seconds": _mean(s for s, _ in cost),
         "steps": round(_mean(n for _, n in cost)),
         "validation_score": search.validation[method.name],
+        "learning_rate": settings.config.learning_rate * method.rate,
         "values": values,
         "weights": _weights(method, search, settings),
     }

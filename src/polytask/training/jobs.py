@@ -19,6 +19,7 @@ import torch
 
 from polytask.balancing import make
 from polytask.errors import StorageError
+from polytask.models.images import ImageModel, image_model
 from polytask.models.tabular import TabularModel, tabular_model
 from polytask.tasks import Tasks
 from polytask.training.config import TrainConfig
@@ -29,6 +30,7 @@ from polytask.training.protocol import Job
 from polytask.training.state import CHECKPOINT
 
 Array = npt.NDArray[Any]
+Network = TabularModel | ImageModel
 Decoded = dict[str, dict[str, Array]]  # {task: {"prediction": ..., "probability": ...}}
 
 OUTCOME, OUTPUTS, WEIGHTS = "outcome.json", "outputs.safetensors", "model.safetensors"
@@ -37,12 +39,12 @@ LOGS = ("metrics.jsonl", "metrics.csv", "tensorboard")
 
 @dataclass(frozen=True)
 class StudyData:
-    """The encoded table without its test labels, which no training may see.
+    """The inputs of a study without its test labels, which no training may see.
 
     Attributes:
-        inputs: {"train" | "validation" | "test": {"numeric", "categorical"}}.
+        inputs: {"train" | "validation" | "test": {"numeric", "categorical"}}, or {"image"} of pictures.
         targets: {"train" | "validation": {task: labels}}.
-        spec: of the encoder, from which the networks are sized.
+        spec: of the encoder, from which the networks are sized; of pictures their size, as ``image``.
         tasks: as :meth:`Tasks.to_json` writes them.
     """
 
@@ -109,9 +111,10 @@ class StudyProgress:
     job: str = ""
 
 
-def build_model(data: StudyData, tasks: Tasks, options: Mapping[str, Any], seed: int) -> TabularModel:
+def build_model(data: StudyData, tasks: Tasks, options: Mapping[str, Any], seed: int) -> Network:
     """The network of one training; the same for one task as for many, but for the number of heads."""
-    return tabular_model(dict(data.spec), tasks, **{**options, "seed": seed})
+    build = image_model if "image" in data.spec else tabular_model
+    return build(dict(data.spec), tasks, **{**options, "seed": seed})
 
 
 def run_job(
@@ -149,7 +152,7 @@ def run_job(
             data.part("train", mine),
             data.part("validation", mine),
             balancer=make(job.balancer, seed=job.seed, **options),
-            config=config.but(seed=job.seed),
+            config=config.but(seed=job.seed, learning_rate=config.learning_rate * job.rate),
             folder=folder,
             resume=True,
             progress=None if parent is None else _die_with(parent),
@@ -181,7 +184,7 @@ def _die_with(parent: int) -> Callable[[Any], None]:
 
 
 def _store(
-    folder: Path, model: TabularModel, outputs: Mapping[str, Decoded], summary: dict[str, Any], names: list[str]
+    folder: Path, model: Network, outputs: Mapping[str, Decoded], summary: dict[str, Any], names: list[str]
 ) -> None:
     from safetensors.numpy import save_file
     from safetensors.torch import save_file as save_weights

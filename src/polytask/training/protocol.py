@@ -94,12 +94,16 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: which tasks, balanced how, from which seed. Equal jobs have equal names and are trained once."""
+    """One training: which tasks, balanced how, from which seed, at which multiple of the learning rate.
+
+    Equal jobs have equal names and are trained once.
+    """
 
     tasks: tuple[int, ...]
     balancer: str
     options: tuple[tuple[str, Any], ...]
     seed: int
+    rate: float = 1.0
 
     @property
     def name(self) -> str:
@@ -108,6 +112,8 @@ class Job:
         for option, value in self.options:
             shown = "-".join(f"{v:.4g}" for v in value) if isinstance(value, tuple) else str(value)
             parts.append(f"{option}-{shown}")
+        if self.rate != 1:
+            parts.append(f"rate-{self.rate:.4g}")
         return "_".join([*parts, f"seed-{self.seed}"])
 
 
@@ -123,6 +129,7 @@ class Method:
         balancer: registered name of the balancing method.
         options: its options.
         why: why it is in the comparison.
+        rate: what the learning rate is multiplied by.
     """
 
     name: str
@@ -132,15 +139,19 @@ class Method:
     balancer: str = EQUAL
     options: tuple[tuple[str, Any], ...] = ()
     why: str = ""
+    rate: float = 1.0
 
     def jobs(self, seed: int) -> list[Job]:
         """The trainings that make the method for one seed, one a group."""
-        return [alone(g[0], seed) if len(g) == 1 else Job(g, self.balancer, self.options, seed) for g in self.groups]
+        return [
+            alone(g[0], seed, self.rate) if len(g) == 1 else Job(g, self.balancer, self.options, seed, self.rate)
+            for g in self.groups
+        ]
 
 
-def alone(task: int, seed: int) -> Job:
+def alone(task: int, seed: int, rate: float = 1.0) -> Job:
     """The single-task reference of a task: the same architecture with one head."""
-    return Job((task,), EQUAL, (), seed)
+    return Job((task,), EQUAL, (), seed, rate)
 
 
 def references(n_tasks: int) -> list[Method]:

@@ -23,7 +23,7 @@ from polytask.training.protocol import (
     scalarization,
     trial_weights,
 )
-from polytask.training.study_table import StudyTable
+from polytask.training.study_table import StudyRows
 
 Floats = npt.NDArray[np.float64]
 
@@ -48,7 +48,7 @@ class Search:
         how: in words, how groups were looked for.
     """
 
-    def __init__(self, table: StudyTable, settings: Settings, workshop: Workshop, methods: list[Method]) -> None:
+    def __init__(self, table: StudyRows, settings: Settings, workshop: Workshop, methods: list[Method]) -> None:
         self.table, self.tasks, self.settings, self.workshop = table, table.tasks, settings, workshop
         self.names = list(table.tasks)
         self.labels = table.labels("validation")

@@ -1,4 +1,4 @@
-"""The table of a study: its tasks, its split, its labels, its encoded features."""
+"""The rows of a study: their tasks, their split, their labels; and those of a table, with its encoded features."""
 
 from __future__ import annotations
 
@@ -27,24 +27,62 @@ PARTS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
-class StudyTable:
+class StudyRows:
+    """The rows of a study, whatever they are rows of.
+
+    Attributes:
+        tasks: what is learnt, their scales taken from training rows.
+        split: rows of training, validation and test.
+        targets: labels of all rows.
+        clusters: one label a row where rows belong together, else None.
+    """
+
+    tasks: Tasks
+    split: Split
+    targets: Mapping[str, Array]
+    clusters: Array | None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.targets.values())))
+
+    def rows(self, part: str) -> npt.NDArray[np.int64]:
+        """Row positions of ``train``, ``validation`` or ``test``."""
+        found: npt.NDArray[np.int64] = getattr(self.split, part)
+        return found
+
+    def labels(self, part: str) -> dict[str, Array]:
+        """{task: labels} of a part."""
+        return {n: y[self.rows(part)] for n, y in self.targets.items()}
+
+    def clusters_of(self, part: str) -> Array | None:
+        """Labels of the rows that belong together."""
+        return None if self.clusters is None else self.clusters[self.rows(part)]
+
+    def label_counts(self, task: str) -> dict[str, int]:
+        """How many labels a task has in each part."""
+        return {part: int(labelled(self.targets[task][self.rows(part)]).sum()) for part in PARTS}
+
+    def missing(self) -> dict[str, float]:
+        """The share of rows without a label, of each task."""
+        return {n: float(1 - labelled(y).mean()) for n, y in self.targets.items()}
+
+    def study_data(self, inputs: Mapping[str, Mapping[str, Array]], spec: Mapping[str, Any]) -> StudyData:
+        """What trainings are given: the inputs of every part, and no test labels."""
+        targets = {part: self.labels(part) for part in PARTS[:2]}
+        return StudyData(inputs, targets, spec, self.tasks.to_json())
+
+
+@dataclass(frozen=True)
+class StudyTable(StudyRows):
     """A table read for a study.
 
     Attributes:
         frame: the table.
-        tasks: one a target, their scales taken from training rows.
-        split: rows of training, validation and test.
-        targets: labels of all rows.
         features: the table without targets and columns that are no features.
-        clusters: one label a row where rows belong together, else None.
     """
 
     frame: pd.DataFrame
-    tasks: Tasks
-    split: Split
-    targets: Mapping[str, Array]
     features: pd.DataFrame
-    clusters: Array | None
 
     @classmethod
     def of(cls, frame: pd.DataFrame, settings: Settings) -> StudyTable:
@@ -69,20 +107,7 @@ class StudyTable:
             raise InputError("there is no feature column: every column is a target or left out")
         check_features(features)
         clusters = None if settings.by is None else frame[settings.by].astype(str).to_numpy()
-        return cls(frame, tasks, split, encode_targets(frame, tasks), features, clusters)
-
-    def rows(self, part: str) -> npt.NDArray[np.int64]:
-        """Row positions of ``train``, ``validation`` or ``test``."""
-        found: npt.NDArray[np.int64] = getattr(self.split, part)
-        return found
-
-    def labels(self, part: str) -> dict[str, Array]:
-        """{task: labels} of a part."""
-        return {n: y[self.rows(part)] for n, y in self.targets.items()}
-
-    def clusters_of(self, part: str) -> Array | None:
-        """Labels of the rows that belong together."""
-        return None if self.clusters is None else self.clusters[self.rows(part)]
+        return cls(tasks, split, encode_targets(frame, tasks), clusters, frame, features)
 
     def encode(self, folder: Path) -> tuple[TableEncoder, StudyData]:
         """The encoder, fitted on training rows once and kept in ``folder``, and what it makes of the table."""
@@ -95,16 +120,7 @@ class StudyTable:
         for part in PARTS:
             found = encoder.transform(self.features.iloc[self.rows(part)])
             inputs[part] = {"numeric": found.numeric, "categorical": found.categorical}
-        targets = {part: self.labels(part) for part in PARTS[:2]}
-        return encoder, StudyData(inputs, targets, encoder.spec, self.tasks.to_json())
-
-    def label_counts(self, task: str) -> dict[str, int]:
-        """How many labels a task has in each part."""
-        return {part: int(labelled(self.targets[task][self.rows(part)]).sum()) for part in PARTS}
-
-    def missing(self) -> dict[str, float]:
-        """The share of rows without a label, of each task."""
-        return {n: float(1 - labelled(y).mean()) for n, y in self.targets.items()}
+        return encoder, self.study_data(inputs, encoder.spec)
 
 
 def not_features(settings: Settings) -> list[str]:
