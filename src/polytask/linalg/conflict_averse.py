@@ -39,7 +39,26 @@ def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -
     alpha, beta = n.min() / n, M @ t
     centre = float(alpha @ t)
     tau = (size**2 + radius * size) / centre if centre > 0 else np.inf
-    y = np.zeros(len(u))
+    return np.asarray(worst_raised(M, alpha, beta, radius, tau) / n)
+
+
+def worst_raised(M: Matrix, alpha: Vector, beta: Vector, radius: float, tau: float) -> Vector:
+    r"""The y of a given length with :math:`y \ge 0 \perp My + \beta - \tau\alpha \ge 0` for some :math:`\tau`.
+
+    It is the direction that raises :math:`\min_i (My + \beta)_i / \alpha_i` most, and minimises
+    :math:`\beta^\top y + \text{radius} \lVert y\rVert_M` on the rays of :math:`\alpha^\top y = 1`.
+
+    Args:
+        M: positive definite with entries of order 1, shape (tasks, tasks).
+        alpha: positive, shape (tasks,).
+        beta: shape (tasks,).
+        radius: the wanted :math:`\lVert y\rVert_M`, positive.
+        tau: where to start: above :math:`\min_i \beta_i / \alpha_i`.
+
+    Returns:
+        y, shape (tasks,), non-negative. Cost: a few linear solves.
+    """
+    y = np.zeros(len(beta))
     for _ in range(50):
         y = nonnegative_qp(M, (beta - tau * alpha)[None], None if not y.any() else (y > 0)[None])[0]
         support = np.flatnonzero(y > 0)
@@ -48,7 +67,7 @@ def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -
         before, tau = tau, _tau_of_length(M, alpha, beta, support, radius)
         if abs(tau - before) <= RELATIVE_TOLERANCE * max(abs(tau), abs(before)):
             break
-    return np.asarray(y / n)
+    return y
 
 
 def _tau_of_length(M: Matrix, alpha: Vector, beta: Vector, support: np.typing.NDArray[np.intp], radius: float) -> float:

@@ -1,0 +1,32 @@
+"""The ray of a preference: the points whose losses are in proportion to it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from polytask.balancing.base import GramianWeighting, Vector
+from polytask.errors import InputError
+
+
+def losses_for_ray(balancer: GramianWeighting, losses: Vector | None) -> Vector:
+    """The losses, which the method cannot do without, raised to the least positive number.
+
+    Raises:
+        InputError: no losses.
+    """
+    if losses is None:
+        raise InputError(f"{balancer.method.name} steers the losses towards the ray of the preference: give losses=")
+    return np.maximum(losses, np.finfo(np.float64).tiny)
+
+
+def off_ray(losses: Vector, p: Vector) -> Vector:
+    r"""The part of the losses across the ray, as a share of their length.
+
+    .. math:: h = (I - uu^\top) L / \lVert L\rVert, \qquad u = p / \lVert p\rVert
+
+    Returns:
+        Shape (tasks,); its length is the sine of the angle between the losses and the ray.
+    """
+    u = p / np.linalg.norm(p)
+    F = losses / np.linalg.norm(losses)
+    return np.asarray(F - (F @ u) * u)
