@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from polytask.balancing import Balancer, make
 from polytask.errors import InputError, TrainingError
@@ -27,6 +24,7 @@ from polytask.training.evaluation import (
     score_of,
 )
 from polytask.training.history import add_diagnosis, add_epoch, means, row_of
+from polytask.training.optimizers import OptimizerLike, optimizer_for
 from polytask.training.progress import Display, ProgressCallback
 from polytask.training.state import CHECKPOINT, RunState
 from polytask.training.step import Stepper
@@ -34,8 +32,6 @@ from polytask.training.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-OptimizerLike = torch.optim.Optimizer | Callable[[Iterable[Tensor]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,9 @@ def train(
         resume: go on from the folder's checkpoint, or begin where there is none yet.
         progress: called with a :class:`~polytask.training.progress.Progress` ten times a second at most, and at the end of every epoch.
         trackers: ``"tensorboard"`` or own objects with ``start``, ``log`` and ``close``.
-        optimizer: an optimizer of the model's parameters, or a function that makes one of them; AdamW when omitted.
+        optimizer: an optimizer of the model's parameters, a function that makes one of them, or the name of one that is told the
+            losses of single tasks (``"mtadam"``, ``"adatask"``, ``"madam"``, ``"dualoptim_plus"``); AdamW when omitted. A parameter
+            group may have a ``decay``: its rate is multiplied by it at every step.
 
     Raises:
         InputError: data, tasks, model or checkpoint that do not fit, before the first step.
@@ -177,7 +175,7 @@ class _Loop:
         if self.batches.steps is None and (config.schedule != "constant" or config.warmup):
             raise InputError("data that does not know its length allows neither a cosine schedule nor a warm-up")
         self.balancer = _balancer(balancer, tasks, config.seed)
-        made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else _optimizer(model, config, optimizer)
+        made = optimizer_for(model, tuple(tasks), config, optimizer, accelerator.num_processes)
         self.base_rates = [float(group["lr"]) for group in made.param_groups]
         self.prepared, self.optimizer = self.accelerator.prepare(model, made)
         self.step = Stepper(self.prepared, tasks, self.balancer, self.optimizer, self.accelerator, config)
@@ -297,7 +295,7 @@ class _Loop:
             self.state.steps, None if per_epoch is None else per_epoch * self.config.epochs
         )
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * group.get("decay", 1.0) ** self.state.steps
 
     def result(self, stopped: str) -> TrainResult:
         """What there is so far."""
@@ -320,11 +318,3 @@ def _balancer(balancer: Balancer | str, tasks: Tasks, seed: int) -> Balancer:
         balancer = make(balancer, **({"seed": seed} if "seed" in options else {}))
     balancer.bind(list(tasks))
     return balancer
-
-
-def _optimizer(model: torch.nn.Module, config: TrainConfig, make_one: Any) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if make_one is not None:
-        made: torch.optim.Optimizer = make_one(parameters)
-        return made
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)

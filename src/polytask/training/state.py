@@ -125,6 +125,10 @@ class RunState:
 
     # ---- across restarts ----
 
+    @property
+    def _moved_by(self) -> str:
+        return type(getattr(self.optimizer, "optimizer", self.optimizer)).__name__  # beneath accelerate's wrapper
+
     def tree(self) -> dict[str, Any]:
         """Everything a restart needs."""
         from accelerate.utils import gather_object
@@ -134,6 +138,7 @@ class RunState:
             "config": self.config.to_json(),
             "tasks": list(self.tasks),
             "method": self.balancer.method.name,
+            "moved_by": self._moved_by,
             "threads": torch.get_num_threads(),
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
@@ -210,9 +215,10 @@ class RunState:
             raise InputError(f"the checkpoint {path} holds the weights of another model: {detail}") from error
 
     def _check(self, tree: dict[str, Any], path: Path) -> None:
-        method = self.balancer.method.name
-        now = {"tasks": list(self.tasks), "the balancing method": method, **self.config.to_json()}
-        then = {"tasks": tree["tasks"], "the balancing method": tree["method"], **tree["config"]}
+        method, moved_by = self.balancer.method.name, self._moved_by
+        now = {"tasks": list(self.tasks), "the balancing method": method, "the optimizer": moved_by}
+        then = {"tasks": tree["tasks"], "the balancing method": tree["method"], "the optimizer": tree["moved_by"]}
+        now, then = {**now, **self.config.to_json()}, {**then, **tree["config"]}
         for name, value in now.items():
             if name not in FREE_SETTINGS and then.get(name) != value:
                 raise InputError(f"the checkpoint {path} was made with {name} {then.get(name)!r}, not {value!r}")

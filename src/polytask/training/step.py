@@ -18,6 +18,7 @@ from polytask.balancing import Balancer, LossWeighting, Observation, backward
 from polytask.balancing.accumulation import Accumulation
 from polytask.errors import TrainingError
 from polytask.models import MultiTaskModel
+from polytask.optim import TaskOptimizer
 from polytask.tasks import Tasks
 from polytask.training.config import TrainConfig
 from polytask.training.data import Batch, to_device
@@ -88,6 +89,9 @@ class Stepper:
         # accelerate's wrapper searches the disk for a package in every step: where it adds nothing the optimizer itself is stepped
         plain = accelerator.scaler is None and accelerator.distributed_type.name in ("NO", "MULTI_CPU", "MULTI_GPU")
         self._update = optimizer.optimizer if plain else optimizer
+        self._by_itself: TaskOptimizer | None = (
+            optimizer.optimizer if isinstance(optimizer.optimizer, TaskOptimizer) else None
+        )
 
     def __call__(self, pieces: Sequence[Batch], number: int) -> StepRecord | None:
         """Take step ``number`` of an epoch, counted from 0; None where no row of it has a label.
@@ -103,7 +107,9 @@ class Stepper:
         shares = None if counts is None else [dict(zip(self.tasks, row, strict=True)) for row in counts.shares.tolist()]
         self._update.zero_grad()
         generators: list[Tensor] = []
-        if (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
+        if self._by_itself is not None:
+            losses, observation = self._by_the_optimizer(self._by_itself, pieces, shares, generators)
+        elif (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
             losses, observation = self._accumulate(pieces, shares, generators)
         else:
             losses, observation = self._piecewise(pieces, counts, generators, number % self.config.norms_every == 0)
@@ -191,6 +197,31 @@ class Stepper:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             torch._foreach_mul_(gradients, 1 / len(pieces))
         return total, observation
+
+    def _by_the_optimizer(
+        self,
+        optimizer: TaskOptimizer,
+        pieces: Sequence[Batch],
+        shares: list[dict[str, float]] | None,
+        generators: list[Tensor],
+    ) -> tuple[dict[str, Tensor], Observation | None]:
+        """Tell the optimizer the losses of every micro-batch, scaled so that they add up to the step's."""
+        total: dict[str, Tensor] = {}
+        weights: dict[str, Tensor] = {}
+        for i, piece in enumerate(pieces):
+            self._remember(generators)
+            losses = self._losses(self.model, piece, shares[i] if shares else None)
+            if losses:
+                found = optimizer.backward(losses, balancer=self.balancer, scaler=self.accelerator.scaler)
+                weights.update(zip(losses, found, strict=True))
+            for n, loss in losses.items():
+                total[n] = total[n] + loss.detach() if n in total else loss.detach()
+        if not total:
+            return {}, None
+        self.balancer.observation = Observation(
+            tuple(total), torch.stack(list(total.values())), torch.stack([weights[n] for n in total]), None, "exact"
+        )
+        return total, self.balancer.observation
 
     def _accumulate(
         self, pieces: Sequence[Batch], shares: list[dict[str, float]] | None, generators: list[Tensor]
