@@ -75,7 +75,7 @@ def _open_folder(folder: Path) -> Checkpoint:
             return (_open_safetensors if index.name == INDEX else _open_pickles)(folder, files)
     found = sorted(folder.glob("*.safetensors"))
     if (folder / ADAPTER).exists():
-        raise InputError(f"{folder} holds an adapter, not a whole model: merge it into its base first")
+        raise InputError(f"{folder} holds an adapter, not a whole model: it can only be an expert, beside its base")
     if (folder / SINGLE).exists() or len(found) == 1:
         return _open_safetensors(folder, [folder / SINGLE if (folder / SINGLE).exists() else found[0]])
     pickles = [p for p in (folder / "pytorch_model.bin", folder / "model.pt") if p.exists()]

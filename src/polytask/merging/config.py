@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from polytask.errors import InputError, StorageError
-from polytask.merging.checkpoint import open_checkpoint
+from polytask.merging.adapter import open_expert
 from polytask.merging.on_disk import MergePlan
 from polytask.registry import Method, find
 
@@ -80,7 +80,7 @@ def _plan(said: Mapping[str, Any], file: Path) -> MergePlan:
     base_place = None if base is None else _place(base, file)
     chosen = [(p, m) for p, m in zip(places, listed, strict=True) if p != base_place]
     experts = [p for p, _ in chosen]
-    layers = _layers(open_checkpoint(base_place or experts[0]).specs)
+    layers = _layers(open_expert(base_place or experts[0], None).specs)
     _check_slices(said, layers, file)
     settings = [m.get("parameters") or {} for _, m in chosen]
     common = said.get("parameters") or {}
@@ -133,6 +133,9 @@ def _place(name: str, file: Path) -> Path:
         raise InputError(f"{file} names a model by {name!r}, not by a path")
     place = Path(name).expanduser()
     place = place if place.is_absolute() else file.parent / place
+    model, plus, adapter = name.rpartition("+")
+    if plus and model and not place.exists():  # as mergekit writes an adapter of a model
+        return Path(f"{_place(model, file)}+{_place(adapter, file)}")
     if not place.exists():
         raise StorageError(
             f"there is no model at {place}, which {file} names; models are taken from the disk, never fetched"

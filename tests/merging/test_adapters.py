@@ -1,0 +1,301 @@
+"""LoRA adapters as experts, against peft's own way of merging them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from polytask.errors import InputError, StorageError
+from polytask.merging import merge
+from polytask.merging.adapter import TWICE_UNTIL, open_expert, read_adapter
+from polytask.merging.config import read_config
+from polytask.merging.on_disk import MergePlan, write
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+
+def llama() -> nn.Module:
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, **ids)
+    return transformers.LlamaForCausalLM(config)
+
+
+def roberta() -> nn.Module:
+    sizes: dict[str, Any] = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = transformers.RobertaConfig(**sizes, num_attention_heads=4, max_position_embeddings=20, num_labels=3)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def gpt() -> nn.Module:
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, **ids))
+
+
+class Plain(nn.Module):
+    """PyTorch's own attention, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
+    "llama": (llama, {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "down_proj"]}),
+    "llama, embedding": (llama, {"r": 2, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}),
+    "roberta, ranks": (
+        roberta,
+        {
+            "task_type": "SEQ_CLS",
+            "r": 4,
+            "use_rslora": True,
+            "rank_pattern": {"query": 2, r"layer\.1\.output\.dense": 3},
+            "alpha_pattern": {"0.attention.self.value": 3},
+            "target_modules": ["query", "value", "output.dense"],
+        },
+    ),
+    "roberta, biases": (roberta, {"r": 2, "bias": "lora_only", "target_modules": ["query", "intermediate.dense"]}),
+    "roberta, all biases": (roberta, {"r": 2, "bias": "all", "lora_bias": False, "target_modules": ["key"]}),
+    "roberta, bias of the update": (roberta, {"r": 2, "lora_bias": True, "target_modules": ["query"]}),
+    "gpt, turned": (gpt, {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "attention and convolution": (Plain, {"r": 4, "target_modules": ["self_attn", "linear1", "conv"]}),
+}
+
+
+def moved(model: nn.Module, seed: int) -> None:
+    """Every trainable parameter away from where it starts."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.2 * torch.randn(p.shape, generator=g)
+
+
+def stored(case: str, folder: Path, experts: int = 1, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """A base and adapters in ``folder``, and the first expert as peft merges it."""
+    make, settings = CASES[case]
+    torch.manual_seed(0)
+    base = make().to(dtype)
+    expected: dict[str, Tensor] = {}
+    state = {n: v.clone() for n, v in base.state_dict().items()}
+    if hasattr(base, "save_pretrained"):
+        base.save_pretrained(folder / "base")
+    else:
+        (folder / "base").mkdir(parents=True)
+        save_file(state, folder / "base" / "model.safetensors")
+    for t in range(experts):
+        torch.manual_seed(0)
+        fresh = make()
+        fresh.load_state_dict(state)
+        model = peft.get_peft_model(fresh.to(dtype), peft.LoraConfig(**settings))
+        moved(model, t)
+        model.save_pretrained(folder / f"adapter{t}")
+        expected = expected or {n: v.clone() for n, v in model.merge_and_unload().state_dict().items()}
+    return expected
+
+
+def test_attention_of_an_unknown_peft_is_refused(tmp_path: Path) -> None:
+    stored("attention and convolution", tmp_path)
+    setting("peft_version", "99.0")(tmp_path)
+    with pytest.raises(InputError, match=r"is of peft 99\.0, and whether that adds an attention's out_proj once or"):
+        read_adapter(tmp_path / "adapter0")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_the_model_that_peft_makes_of_it(case: str, tmp_path: Path) -> None:
+    expected = stored(case, tmp_path)
+    if "attention" in case and Version(peft.__version__) > Version(TWICE_UNTIL):
+        pytest.skip("such an adapter is refused, see above")
+    base = open_expert(tmp_path / "base", None)
+    found = open_expert(tmp_path / "adapter0", base)
+    assert set(found.specs) == set(base.specs) <= set(expected)
+    changed = 0
+    for name, spec in found.specs.items():
+        value = found.read(name, torch.float64)
+        assert tuple(value.shape) == spec.shape
+        assert torch.allclose(value, expected[name].double(), rtol=1e-6, atol=1e-6), name
+        changed += not torch.allclose(value, base.read(name, torch.float64), rtol=1e-3, atol=1e-3)
+    assert changed >= 2
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "tsv_m", "average"])
+def test_adapters_merge_as_the_models_do(method: str, tmp_path: Path) -> None:
+    stored("roberta, ranks", tmp_path, experts=3)
+    base = open_expert(tmp_path / "base", None)
+    paths = [tmp_path / f"adapter{t}" for t in range(3)]
+    whole = [{n: m.read(n) for n in m.specs} for m in (base, *(open_expert(p, base) for p in paths))]
+    expected = merge(whole[0], whole[1:], method)
+    write(MergePlan(paths, tmp_path / "base", method), tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[n], v) for n, v in expected.items())
+    again = transformers.RobertaForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(
+        again.state_dict()["roberta.encoder.layer.0.attention.self.query.weight"],
+        expected["roberta.encoder.layer.0.attention.self.query.weight"],
+    )
+
+
+def test_half_precision_is_rounded_once(tmp_path: Path) -> None:
+    stored("llama", tmp_path, dtype=torch.bfloat16)
+    base = open_expert(tmp_path / "base", None)
+    found, name = open_expert(tmp_path / "adapter0", base), "model.layers.0.self_attn.q_proj.weight"
+    A, B = read_adapter(tmp_path / "adapter0").pair("model.layers.0.self_attn.q_proj")
+    exact = base.read(name).float() + B @ A
+    assert found.specs[name].dtype == torch.bfloat16
+    assert torch.equal(found.read(name), exact.bfloat16())
+    assert torch.allclose(found.read(name, torch.float32), exact, rtol=1e-6)
+
+
+def test_the_command_line_and_mergekit_s_plus(tmp_path: Path) -> None:
+    stored("llama", tmp_path, experts=2)
+    arguments = [str(tmp_path / n) for n in ("base", "adapter0", "adapter1")]
+    command = [sys.executable, "-m", "polytask", "merge", *arguments, "--method", "ties", "--set", "density=0.5"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ties of 2 models")
+    models = "".join(f"  - model: ./base+./adapter{t}\n" for t in range(2))
+    parameters = "parameters: {density: 0.5, normalize: true}\n"
+    (tmp_path / "c.yml").write_text(f"models:\n{models}merge_method: ties\nbase_model: ./base\n{parameters}")
+    write(read_config(tmp_path / "c.yml"), tmp_path / "b")
+    a, b = (load_file(tmp_path / f / "model.safetensors") for f in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    differing = {n.rpartition(".")[0].rpartition(".")[2] for n in a if not torch.equal(a[n], base[n])}
+    assert differing == {"q_proj", "k_proj", "down_proj"}
+
+
+def test_an_adapter_trained_with_a_task_head_fits_the_model_without(tmp_path: Path) -> None:
+    stored("roberta, ranks", tmp_path)
+    whole = load_file(tmp_path / "base" / "model.safetensors")
+    body = {n.removeprefix("roberta."): v for n, v in whole.items() if n.startswith("roberta.")}
+    (tmp_path / "body").mkdir()
+    save_file(body, tmp_path / "body" / "model.safetensors")
+    base = open_expert(tmp_path / "base", None)
+    one, two = (
+        open_expert(tmp_path / "adapter0", base),
+        open_expert(tmp_path / "adapter0", open_expert(tmp_path / "body", None)),
+    )
+    assert all(torch.equal(two.read(n), one.read(f"roberta.{n}")) for n in body)
+    with pytest.raises(InputError, match="has no tensor classifier"):
+        write(MergePlan([tmp_path / "adapter0"], tmp_path / "body"), tmp_path / "out")
+    write(MergePlan([tmp_path / "adapter0"], tmp_path / "body", skip=["classifier.*"]), tmp_path / "out")
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(body)
+
+
+def setting(name: str, value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "adapter0" / "adapter_config.json"
+        said = json.loads(file.read_text())
+        said[name] = value
+        file.write_text(json.dumps(said))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        file = folder / "adapter0" / "adapter_model.safetensors"
+        state = load_file(file)
+        change(state)
+        save_file(state, file)
+
+    return apply
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+def renamed(state: dict[str, Tensor]) -> None:
+    state[FIRST.replace("q_proj", "qkv")] = state.pop(FIRST)
+    second = FIRST.replace("lora_A", "lora_B")
+    state[second.replace("q_proj", "qkv")] = state.pop(second)
+
+
+def another_base(folder: Path) -> None:
+    shutil.copytree(folder / "base", folder / "other")
+    file = folder / "other" / "model.safetensors"
+    state = load_file(file)
+    save_file({n: v + 1 for n, v in state.items()}, file)
+    setting("base_model_name_or_path", str(folder / "other"))(folder)
+
+
+def cut(folder: Path) -> None:
+    file = folder / "adapter0" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
+    "kind": (setting("peft_type", "LOHA"), InputError, "an adapter of the kind LOHA: only LORA"),
+    "dora": (setting("use_dora", True), InputError, "sets use_dora: such an adapter is more than a low-rank update"),
+    "start": (setting("init_lora_weights", "pissa"), InputError, "training began with 'pissa', which changes the base"),
+    "name": (
+        tensors(renamed),
+        InputError,
+        r"changes model.layers.0.self_attn.qkv, which .*base has not: it is for another",
+    ),
+    "shape": (
+        tensors(lambda s: s.update({FIRST: torch.zeros(4, 12)})),
+        InputError,
+        r"changes model.layers.0.self_attn.q_proj.weight as a tensor of shape \[16, 12\], and .* has \[16, 16\]",
+    ),
+    "half": (tensors(lambda s: s.pop(FIRST)), InputError, "only one half of the update of"),
+    "ranks": (tensors(lambda s: s.update({FIRST: torch.zeros(5, 16)})), InputError, "do not fit: ranks 5 and"),
+    "empty": (tensors(dict.clear), InputError, "holds no LoRA"),
+    "another base": (another_base, InputError, r"adapter0 is an adapter of .*other, not of .*base: their .* differ"),
+    "cut": (cut, StorageError, "is cut short"),
+    "gone": (
+        lambda f: (f / "adapter0" / "adapter_model.safetensors").unlink(),
+        StorageError,
+        "there is no adapter_model",
+    ),
+    "json": (
+        lambda f: (f / "adapter0" / "adapter_config.json").write_text("no"),
+        InputError,
+        "it is no JSON object",
+    ),
+    "nan": (
+        tensors(lambda s: s[FIRST].fill_(float("nan"))),
+        InputError,
+        r"q_proj.weight of .*adapter0 holds NaN",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_is_told_and_nothing_written(case: str, tmp_path: Path) -> None:
+    stored("llama", tmp_path)
+    change, kind, message = WRONG[case]
+    change(tmp_path)
+    with pytest.raises(kind, match=message):
+        write(MergePlan([tmp_path / "adapter0"], tmp_path / "base"), tmp_path / "out")
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_an_adapter_needs_a_base(tmp_path: Path) -> None:
+    stored("llama", tmp_path)
+    with pytest.raises(InputError, match="holds an adapter: name the base"):
+        MergePlan([tmp_path / "adapter0"], None, "average")
+    with pytest.raises(InputError, match=r"holds an adapter: name the base"):
+        MergePlan([tmp_path / "base"], tmp_path / "adapter0", "ties")
+    with pytest.raises(InputError, match=r"is no adapter: a \+ stands between"):
+        open_expert(Path(f"{tmp_path / 'base'}+{tmp_path / 'base'}"), None)
+    alone = MergePlan([Path(f"{tmp_path / 'base'}+{tmp_path / 'adapter0'}")], None, "average")
+    write(alone, tmp_path / "out")
+    found, base = (load_file(tmp_path / f / "model.safetensors") for f in ("out", "base"))
+    A, B = read_adapter(tmp_path / "adapter0").pair("model.layers.1.self_attn.q_proj")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    assert torch.allclose(found[name], base[name] + B @ A, rtol=1e-6, atol=1e-6)
