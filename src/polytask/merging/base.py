@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
@@ -44,19 +44,33 @@ class TaskVectorOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
+class OfEach(Sequence[Tensor]):
+    """The statistics of one tensor, one an expert; those on disk come into memory one at a time."""
+
+    name: str
+    experts: Sequence[Mapping[str, Tensor]]
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, t: int) -> Tensor:  # type: ignore[override]
+        return self.experts[t][self.name]
+
+
+@dataclass(frozen=True)
 class Place:
     """Where in the model a tensor stands, and what is known of it.
 
     Attributes:
         name: the tensor's name in the state dict.
         seed: what the random draws at this place are seeded with, beside the name.
-        statistics: for each expert, the statistic that the method asked for (a Gramian, a Fisher diagonal), float64;
-            empty where there is none for this tensor.
+        statistics: for each expert, the statistic that the method asked for (a Gramian, a Fisher diagonal), float64, read when it is
+            taken; empty where there is none for this tensor.
     """
 
     name: str
     seed: int = 0
-    statistics: tuple[Tensor, ...] = field(default=())
+    statistics: Sequence[Tensor] = field(default=())
 
     def generator(self, expert: int = 0) -> torch.Generator:
         """A generator of this tensor and expert alone: draws depend on no order of work, so that a resumed merge equals an unbroken one."""
@@ -70,11 +84,14 @@ class Stage(ABC):
     Attributes:
         passes: how many times :meth:`survey` wants to see every tensor.
         scratch: memory needed beside the base's tensor and the task vectors, in multiples of that tensor; what ``--dry-run`` adds up.
+        kept: where a survey puts tensors that merging will need: memory for models in memory, files for models on disk. What is there
+            already, when a merge was killed and started again, need not be computed again.
     """
 
     method: ClassVar[Method]
     passes: int = 0
     scratch: float = 1.0
+    kept: MutableMapping[str, Tensor]
 
     def begin(self) -> None:  # noqa: B027
         """Told before the first pass over a model: forget what was seen of another."""
@@ -163,10 +180,14 @@ class TaskVectorMerger(Merger):
 
     def add_to_base(self, W0: Tensor, D: Float[Tensor, "experts ..."], place: Place) -> Tensor:
         """The merged tensor, given the base's tensor and the task vectors; both may be overwritten."""
-        if not self.weighs_itself and self.weights != 1.0:
+        return W0.add_(self.update(W0, D if self.weighs_itself else self.weighed(D), place), alpha=self.scale)
+
+    def weighed(self, D: Float[Tensor, "experts ..."]) -> Float[Tensor, "experts ..."]:
+        """The task vectors times the experts' weights, in place."""
+        if self.weights != 1.0:
             for row, w in zip(D, per_expert(self.weights, len(D), "weights"), strict=True):
                 row *= w
-        return W0.add_(self.update(W0, D, place), alpha=self.scale)
+        return D
 
     @abstractmethod
     def update(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:
@@ -209,8 +230,7 @@ def chunks(D: Float[Tensor, "experts ..."]) -> Iterator[tuple[slice, Float[Tenso
 
 def place_of(name: str, seed: int, statistics: Sequence[Mapping[str, Tensor]] = ()) -> Place:
     """The place of a tensor, with the experts' statistics of it where all of them have one."""
-    found = tuple(s[name] for s in statistics if name in s)
-    return Place(name, seed, found if len(found) == len(statistics) else ())
+    return Place(name, seed, OfEach(name, statistics) if all(name in s for s in statistics) else ())
 
 
 def pieces(x: Float[Tensor, "..."], size: int = CHUNK) -> Iterator[Float[Tensor, " piece"]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, Merger, Stage, TaskVectorMerger, pieces, place_of
-from polytask.merging.matching import dtype_name
+from polytask.merging.matching import NAMED, dtype_name
 
 Load = Callable[[str], tuple[Tensor | None, Tensor]]
 """Gives the base's tensor and the experts', one a row, in the dtype that is computed in, both free to be overwritten."""
@@ -26,15 +26,23 @@ class Engine:
         filters: applied to the task vectors in turn.
         statistics: for each expert, what it needs statistics of, by the tensor's name; none for most methods.
         seed: of all random draws.
+        kept: what a survey keeps for merging.
     """
 
     merger: Callable[[str], Merger]
     filters: Sequence[Filter] = ()
     statistics: Sequence[Mapping[str, Tensor]] = ()
     seed: int = 0
+    kept: MutableMapping[str, Tensor] = field(default_factory=dict)
 
-    def check(self, names: Sequence[str], experts: int, has_base: bool) -> None:
+    def check(self, names: Sequence[str], experts: int, has_base: bool, gathered: int) -> None:
         """Refuse what cannot work, before any tensor is read.
+
+        Args:
+            names: of the tensors to be merged.
+            experts: how many there are.
+            has_base: whether there is a base.
+            gathered: of how many experts there are statistics, or will be.
 
         Raises:
             InputError: the number of experts, a missing base or statistic, filters before a method without task vectors.
@@ -43,18 +51,36 @@ class Engine:
             merger.check_experts(experts)
             if not isinstance(merger, TaskVectorMerger) and self.filters:
                 raise InputError(f"{merger.method.name} does not merge task vectors: no filter can go before it")
-            if merger.needs == "base" and not has_base:
+            if isinstance(merger, TaskVectorMerger) and not has_base:
                 raise InputError(
                     f"{merger.method.name} merges task vectors: it needs the base that the experts started from"
                 )
-            if merger.needs == "statistics" and len(self.statistics) != experts:
+            if merger.needs == "statistics" and gathered != experts:
                 raise InputError(
                     f"{merger.method.name} needs a statistic of each of the {experts} experts ({merger.statistic}), "
-                    f"and {len(self.statistics)} were given"
+                    f"and {gathered} were given"
                 )
 
-    def survey(self, names: Sequence[str], load: Load) -> None:
+    def check_statistics(self, names: Sequence[str]) -> None:
+        """Refuse statistics of another model.
+
+        Raises:
+            InputError: there is no tensor to be merged of which every expert has one.
+        """
+        found = [set(s) for s in self.statistics]
+        if found and not any(all(n in each for each in found) for n in names):
+            of = ", ".join(sorted(found[0])[:NAMED]) or "nothing"
+            raise InputError(
+                f"the statistics are of {of}: of no tensor that is merged, such as {', '.join(names[:NAMED])}"
+            )
+
+    def survey(self, names: Sequence[str], load: Load, told: Callable[[str], None] | None = None) -> None:
         """Let every stage that must see the whole model see it, as often as it asks.
+
+        Args:
+            names: of the tensors to be merged.
+            load: reads one of them.
+            told: called with the name of each tensor before it is looked at.
 
         Raises:
             InputError: a method that surveys the model is given other options for some tensors.
@@ -63,10 +89,13 @@ class Engine:
         if len(mergers) > 1 and any(m.passes for m in mergers):
             raise InputError("a method that looks at the whole model first takes the same options for every tensor")
         for i, stage in enumerate([*self.filters, *mergers]):
+            stage.kept = self.kept
             stage.begin()
             done = 0
             while done < stage.passes:
                 for name in names:
+                    if told is not None:
+                        told(name)
                     W0, W = load(name)
                     assert W0 is not None
                     place = place_of(name, self.seed, self.statistics)

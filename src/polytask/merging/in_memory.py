@@ -98,7 +98,8 @@ def merge(
     out = dtype_of(dtype) if isinstance(dtype, str) else dtype
     found = match([(label, specs(s, label)) for label, s in models], skip, mixed_dtypes=out is not None)
     engine = Engine(lambda _: merger, [make_filter(f) if isinstance(f, str) else f for f in filters], statistics, seed)
-    engine.check(found.merged, len(named), base is not None)
+    engine.check(found.merged, len(named), base is not None, len(statistics))
+    engine.check_statistics(found.merged)
 
     def load(name: str) -> tuple[Tensor | None, Tensor]:
         to = compute_dtype(s[name].dtype for _, s in models)

@@ -18,15 +18,22 @@ from torch import Tensor
 
 import polytask
 from polytask.errors import InputError, StorageError
+from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
-from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint, open_checkpoint
+from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.in_memory import make, make_filter
 from polytask.merging.matching import Match, Spec, compute_dtype, dtype_name, dtype_of, match
+from polytask.merging.proxy import Proxy
 from polytask.merging.safetensors_file import Writer, index_of, shards
+from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
 
 SHARD_SIZE = 5_000_000_000
+GRAMIANS = 3
+"""Squares of a layer's inputs in float64 that methods with Gramians hold at a time."""
 JOURNAL = "journal.json"
+STATISTICS = "statistics"
+KEPT = "kept"
 RECORD = "merge.json"
 WEIGHTS = (".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", *PICKLES)
 TOKENIZER = (
@@ -56,6 +63,7 @@ class MergePlan:
         seed: of all random draws.
         tokenizer: the model whose tokenizer files are copied; the base when omitted.
         shard_size: bytes a file of the result holds at most.
+        proxy: what statistics are gathered from, for methods that need them.
 
     Raises:
         InputError: models that do not fit together; an unknown method or option.
@@ -72,18 +80,28 @@ class MergePlan:
     seed: int = 0
     tokenizer: Path | None = None
     shard_size: int = SHARD_SIZE
+    proxy: Proxy | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
             raise InputError("there is nothing to merge: no expert was given")
         if self.shard_size <= 0:
             raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
-        self.engine.check(self.match.merged, len(self.experts), self.base is not None)
+        self.engine.check(
+            self.match.merged, len(self.experts), self.base is not None, len(self.experts) if self.proxy else 0
+        )
+        if self.proxy is not None:
+            if self.statistic is None:
+                raise InputError(f"{self.method} uses no statistics: leave out the proxy inputs")
+            for t in range(len(self.experts)):
+                self.proxy.file(self.experts, t)
 
     @cached_property
     def models(self) -> list[Checkpoint]:
         """The base, where there is one, and the experts."""
-        return [open_checkpoint(p) for p in ([self.base] if self.base is not None else []) + list(self.experts)]
+        base = None if self.base is None else open_expert(self.base, None)
+        experts = [open_expert(p, base) for p in self.experts]
+        return experts if base is None else [base, *experts]
 
     @cached_property
     def match(self) -> Match:
@@ -103,6 +121,11 @@ class MergePlan:
             by_name[name] = made[key]
         filters: list[Filter] = [make_filter(f) for f in self.filters]
         return Engine(by_name.__getitem__, filters, (), self.seed)
+
+    @property
+    def statistic(self) -> str | None:
+        """Which statistic the method needs of each expert."""
+        return next((self.engine.merger(n).statistic for n in self.match.merged), None)
 
     @cached_property
     def specs(self) -> dict[str, Spec]:
@@ -127,7 +150,10 @@ class MergePlan:
         peak = 0.0
         for name in self.match.merged:
             size = self.specs[name].elements * self._compute_dtype(name).itemsize
-            peak = max(peak, size * (len(self.models) + self.engine.merger(name).scratch))
+            needed = size * (len(self.models) + self.engine.merger(name).scratch)
+            if self.statistic == "gramian" and len(self.specs[name].shape) == 2:
+                needed += GRAMIANS * 8 * (self.specs[name].shape[1] + 1) ** 2
+            peak = max(peak, needed)
         return round(peak)
 
     def _compute_dtype(self, name: str) -> torch.dtype:
@@ -155,6 +181,8 @@ class MergePlan:
         common = next(iter(settings.values()), {})
         varying = any(s != common for s in settings.values())
         sources = [f for m in self.models for f in m.files]
+        if self.proxy is not None:
+            sources += [self.proxy.file(self.experts, t) for t in range(len(self.experts))]
         return {
             "polytask": polytask.__version__,
             "method": self.method,
@@ -167,12 +195,18 @@ class MergePlan:
             "dtype": self.dtype,
             "seed": self.seed,
             "shard_size": self.shard_size,
+            "proxy": None if self.proxy is None else {"data": str(self.proxy.data), "model": self.proxy.model},
             "sources": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
         }
 
 
 def write(
-    plan: MergePlan, folder: Path, *, overwrite: bool = False, progress: Callable[[str], None] | None = None
+    plan: MergePlan,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[str], None] | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> None:
     """Merge as planned into a folder that transformers can load where the base is one.
 
@@ -184,6 +218,7 @@ def write(
         folder: the result: safetensors files, ``merge.json``, and the base's configuration and tokenizer.
         overwrite: replace what is there.
         progress: called with the name of each tensor when it is written, also for those that an earlier start had written.
+        told: called with what is being done before the first tensor is written.
 
     Raises:
         InputError: the folder exists, NaN in a tensor, a value too large for the dtype of the result.
@@ -198,6 +233,8 @@ def write(
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     finished = _finished(work, digest)
     try:
+        if len(finished) < len(plan.files):
+            _prepare(plan, work, told or (lambda _: None))
         _write_shards(plan, work, digest, finished, progress)
         if len(plan.files) > 1:
             (work / INDEX).write_text(index_of(plan.files, plan.bytes), encoding="utf-8")
@@ -206,6 +243,8 @@ def write(
     except Exception:
         shutil.rmtree(work, ignore_errors=True)
         raise
+    for passing in (STATISTICS, KEPT):
+        shutil.rmtree(work / passing, ignore_errors=True)
     (work / JOURNAL).unlink()
     _put(work, folder)
 
@@ -226,12 +265,30 @@ def _finished(work: Path, digest: str) -> list[str]:
 
 
 @torch.no_grad()
+def _survey(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
+    plan.engine.kept = TensorFolder(work / KEPT)
+    plan.engine.survey(plan.match.merged, plan.load, lambda name: told(f"looking at {name}"))
+
+
+def _prepare(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
+    """Gather statistics, one expert's model at a time, unless an earlier start has; then let the method see the whole model."""
+    if plan.proxy is not None and plan.statistic is not None:
+        (work / STATISTICS).mkdir(exist_ok=True)
+        files = [work / STATISTICS / f"{t}.safetensors" for t in range(len(plan.experts))]
+        for t, file in enumerate(files):
+            if not file.exists():
+                told(f"statistics of {plan.experts[t].name}")
+                save_tensors(file, plan.proxy.gather(plan.statistic, plan.experts, t))
+        plan.engine.statistics = [StoredTensors(f) for f in files]
+        plan.engine.check_statistics(plan.match.merged)
+    _survey(plan, work, told)
+
+
+@torch.no_grad()
 def _write_shards(
     plan: MergePlan, work: Path, digest: str, finished: list[str], progress: Callable[[str], None] | None
 ) -> None:
     merging = set(plan.match.merged)
-    if len(finished) < len(plan.files):
-        plan.engine.survey(plan.match.merged, plan.load)
     for file, specs in plan.files.items():
         if file not in finished:
             with Writer(work / file, specs) as writer:

@@ -1,0 +1,217 @@
+"""Proxy inputs and the models that run them: what statistics on disk are gathered from."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from polytask.errors import InputError, MissingExtraError, StorageError
+from polytask.merging.checkpoint import open_checkpoint
+from polytask.merging.statistics import gather_fisher, gather_gramians
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ARRAYS = (".safetensors", ".npz")
+TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
+TEXT = "text"
+FEWEST = 8
+"""Examples below which nobody can tell what a layer's inputs look like."""
+
+BATCH = 32
+GATHER: Mapping[str, Callable[..., dict[str, Tensor]]] = {"gramian": gather_gramians, "fisher": gather_fisher}
+
+
+@dataclass(frozen=True)
+class Proxy:
+    """Where each expert's proxy inputs are, and how a model is made that can run them.
+
+    Args:
+        data: a file with arrays (``.safetensors``, ``.npz``: ``inputs``, or the names of the model's arguments; ``labels`` are left
+            out), a table with a column ``text`` (``.csv .tsv .parquet .jsonl``), or a folder with one such file an expert, named like
+            the expert's folder or in the experts' order.
+        model: ``MODULE:FACTORY`` or ``FILE.py:FACTORY``, called without arguments for a model that the weights fit; transformers
+            folders say themselves what they are.
+    """
+
+    data: Path
+    model: str | None = None
+
+    def file(self, experts: Sequence[Path], t: int) -> Path:
+        """The file of the t-th expert's inputs.
+
+        Raises:
+            InputError: the folder holds neither a file of that expert's name nor one an expert.
+            StorageError: there is nothing at that path.
+        """
+        if not self.data.exists():
+            raise StorageError(f"there are no proxy inputs at {self.data}")
+        if not self.data.is_dir():
+            return self.data
+        found = sorted(f for f in self.data.iterdir() if f.suffix in (*ARRAYS, *TABLES))
+        named = {f.stem: f for f in found}
+        names = [e.resolve().stem if e.suffix else e.resolve().name for e in experts]
+        if names[t] in named:
+            return named[names[t]]
+        if len(found) != len(experts) or any(n in named for n in names):
+            raise InputError(
+                f"{self.data} holds no proxy inputs called {names[t]}, but {', '.join(named) or 'no file at all'}"
+            )
+        return found[t]
+
+    def gather(self, statistic: str, experts: Sequence[Path], t: int) -> dict[str, Tensor]:
+        """A statistic of the t-th expert, on its own inputs.
+
+        Raises:
+            InputError: inputs that do not fit the model, too few of them; a model that cannot be built or that the weights do not fit.
+            StorageError: a file is missing or cut short.
+        """
+        file = self.file(experts, t)
+        batches = list(_batches(file, experts[t]))
+        count = sum(len(next(iter(b.values())) if isinstance(b, dict) else b[0]) for b in batches)
+        if count < FEWEST:
+            raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
+        model = self.build(experts[t])
+        try:
+            return GATHER[statistic](model, batches)
+        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(f"the model of {experts[t]} cannot run the inputs of {file}: {reason}") from None
+
+    def build(self, folder: Path) -> nn.Module:
+        """The model of a checkpoint, with its weights.
+
+        Raises:
+            InputError: see :meth:`gather`.
+            MissingExtraError: it is a transformers folder and transformers is not installed.
+        """
+        return _manufactured(self.model, folder) if self.model is not None else _pretrained(folder)
+
+
+def _manufactured(name: str, folder: Path) -> nn.Module:
+    where, sign, factory = name.rpartition(":")
+    if not sign:
+        raise InputError(f"a model is named by MODULE:FACTORY or FILE.py:FACTORY, not by {name!r}")
+    try:
+        made = getattr(_module(where), factory)()
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"{name} gives no model: {str(error).partition(chr(10))[0]}") from None
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")
+    checkpoint, state = open_checkpoint(folder), made.state_dict()
+    for n, tensor in state.items():
+        if n not in checkpoint.specs or checkpoint.specs[n].shape != tuple(tensor.shape):
+            raise InputError(
+                f"the model that {name} gives has a tensor {n} of shape {list(tensor.shape)}, which {folder} has not"
+            )
+        with torch.no_grad():
+            tensor.copy_(checkpoint.read(n))
+    return made
+
+
+def _module(where: str) -> ModuleType:
+    if not where.endswith(".py"):
+        return importlib.import_module(where)
+    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    if spec is None or spec.loader is None or not Path(where).exists():
+        raise ImportError(f"there is no file {where}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _pretrained(folder: Path) -> nn.Module:
+    config = folder / "config.json"
+    if not config.exists():
+        raise InputError(
+            f"{folder} has no config.json that says what model it is: name a factory with --model MODULE:FACTORY"
+        )
+    names = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [None]
+    transformers = _transformers(f"running the model of {folder}")
+    architecture = getattr(transformers, str(names[0]), None)
+    if architecture is None:
+        raise InputError(
+            f"{config} names the architecture {names[0]!r}, which transformers has not: name a factory with --model"
+        )
+    try:
+        model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"transformers cannot load {folder}: {str(error).partition(chr(10))[0]}") from None
+    return model
+
+
+def _transformers(feature: str) -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise MissingExtraError(feature, "transformers") from None
+
+
+def _batches(file: Path, expert: Path) -> Iterator[Any]:
+    arrays = _arrays(file) if file.suffix in ARRAYS else _tokens(file, expert)
+    arrays.pop("labels", None)
+    if not arrays:
+        raise InputError(f"{file} holds no proxy inputs")
+    lengths = {n: len(a) if a.ndim else 0 for n, a in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(
+            f"the arrays of {file} have different lengths: {', '.join(f'{n} {k}' for n, k in lengths.items())}"
+        )
+    for start in range(0, next(iter(lengths.values())), BATCH):
+        batch = {n: a[start : start + BATCH] for n, a in arrays.items()}
+        yield (batch["inputs"],) if set(batch) == {"inputs"} else batch
+
+
+def _arrays(file: Path) -> dict[str, Tensor]:
+    if file.suffix == ".safetensors":
+        opened = open_checkpoint(file)
+        return {n: opened.read(n) for n in opened.specs}
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            return {n: torch.from_numpy(stored[n]) for n in stored.files}
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise StorageError(f"{file} is cut short or not a file of arrays") from None
+
+
+def _tokens(file: Path, expert: Path) -> dict[str, Tensor]:
+    """A table's texts as the expert's own tokenizer reads them."""
+    if file.suffix not in TABLES:
+        raise InputError(f"{file} holds no proxy inputs: they come as {', '.join((*ARRAYS, *TABLES))}")
+    texts = _texts(file)
+    transformers = _transformers(f"reading the text of {file}")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(expert, local_files_only=True)
+    except (OSError, ValueError, KeyError):
+        raise InputError(f"{expert} has no tokenizer to read the text of {file} with") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+
+
+def _texts(file: Path) -> list[str]:
+    from polytask.data import read_table
+
+    if file.suffix == ".jsonl":
+        import pandas as pd
+
+        try:
+            table = pd.read_json(file, lines=True)
+        except ValueError:
+            raise InputError(f"{file} is not a file with one JSON object a line") from None
+    else:
+        table = read_table(file)
+    if TEXT not in table.columns:
+        raise InputError(f"{file} has no column {TEXT!r}; it has {', '.join(map(str, table.columns))}")
+    return [str(t) for t in table[TEXT].dropna()]
