@@ -16,6 +16,7 @@ from polytask.linalg import (
     SINGLE,
     conflict_averse,
     correlation,
+    definite,
     fair_weights,
     min_norm_point,
     nonnegative_qp,
@@ -147,6 +148,52 @@ class TestNonnegativeQP:
         M, Q = A.T @ A / 10 + 0.1 * np.eye(10), rng.standard_normal((50, 10))
         free = rng.random(Q.shape) < 0.5
         assert nonnegative_qp(M, Q, free) == pytest.approx(nonnegative_qp(M, Q), abs=1e-10)
+
+
+def hundred(kind: str) -> np.ndarray:
+    """Gradients of 100 tasks, of which 100 problems with one matrix are made."""
+    rng = np.random.default_rng(3)
+    dimensions = {"rank-deficient": 40, "few dimensions": 10, "square": 100}.get(kind, 700)
+    G = rng.standard_normal((100, dimensions))
+    if kind == "badly scaled":
+        G *= 10 ** rng.uniform(-6, 6, (100, 1))
+    if kind == "duplicates":
+        G[50:] = G[:50]
+    if kind == "two camps":
+        G += rng.choice([-1.0, 1.0], (100, 1)) * rng.standard_normal(dimensions)
+    return G
+
+
+class TestManyProblems:
+    """A hundred rows at once go another way than a few: the same points."""
+
+    @pytest.mark.parametrize(
+        "kind", ["plain", "badly scaled", "duplicates", "rank-deficient", "few dimensions", "square", "two camps"]
+    )
+    @pytest.mark.parametrize("precision", [DOUBLE, SINGLE])
+    def test_optimality(self, kind, precision):
+        M = definite(correlation(hundred(kind) @ hundred(kind).T)[0], precision)
+        Z = nonnegative_qp(M, M)
+        slack, size = Z @ M + M, 1 + Z.max(1, keepdims=True)
+        assert (Z >= 0).all()
+        assert (slack >= -1e-8 * size).all()
+        assert (np.abs(Z * slack) <= 1e-8 * size**2).all()
+
+    @pytest.mark.parametrize("kind", ["plain", "badly scaled", "rank-deficient", "two camps"])
+    def test_agrees_with_nnls(self, kind):
+        G = hundred(kind)
+        n = np.linalg.norm(G, axis=1)
+        V = project_dual_cone(G @ G.T, np.eye(100))
+        for i in range(0, 100, 9):
+            z, _ = scipy.optimize.nnls((G / n[:, None]).T, -G[i] / n[i], maxiter=10_000)
+            expected = G[i] / n[i] + z @ (G / n[:, None])
+            assert V[i] @ G / n[i] == pytest.approx(expected, abs=1e-6)
+
+    def test_one_at_a_time_is_the_same(self):
+        G = hundred("plain")
+        M = correlation(G @ G.T)[0]
+        apart = np.concatenate([nonnegative_qp(M, row[None]) for row in M])
+        assert nonnegative_qp(M, M) == pytest.approx(apart, abs=1e-8)
 
 
 class TestDualCone:

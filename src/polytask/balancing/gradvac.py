@@ -54,25 +54,34 @@ class GradVac(GramianWeighting):
         return {"rho": np.zeros((n_tasks, n_tasks))}
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        k, rows, n = len(C), np.arange(len(C)), np.sqrt(np.diag(C))
-        rho = self.state["rho"][np.ix_(self.active, self.active)]
-        target = np.minimum(rho, 1 - 1e-12)
-        sine, phi = np.sqrt(1 - target**2), np.empty((k, k))
-        orders = np.tile(rows, (k, 1))
+        k, n = len(C), np.sqrt(np.diag(C))
+        orders = np.tile(np.arange(k), (k, 1))
         if self.order == "random":
             orders = self.rng.permuted(orders, axis=1)
-        A, H = np.eye(k), C.copy()  # coefficients of every corrected gradient, its products with the original ones
-        squares = np.diag(C).copy()
-        for j in orders.T:
-            product, length = H[rows, j], np.sqrt(np.maximum(squares, 0.0))
-            cosine = np.maximum(np.minimum(product / np.maximum(length * n[j], TINY), 1.0), -1.0)
-            phi[rows, j] = cosine
-            wanted, s = target[rows, j], sine[rows, j]
-            raised = length * (wanted * np.sqrt(1 - cosine**2) - cosine * s) / (n[j] * s)
-            raised[(cosine >= wanted) | (j == rows)] = 0.0
-            squares += raised * (2 * product + raised * n[j] ** 2)
-            A[rows, j] += raised
-            H += raised[:, None] * C[j]
-        rho = rho + self.beta * (phi - rho) * (1 - np.eye(k))
-        self.state["rho"][np.ix_(self.active, self.active)] = rho
-        return np.asarray(self.p @ A)
+        rho = self.state["rho"][np.ix_(self.active, self.active)]
+        target = np.minimum(rho, 1 - 1e-12)
+        # the correction of a unit vector is rho / sqrt(1 - rho^2) sqrt(1 - phi^2) - phi of a unit vector, where that is positive
+        tangent = np.take_along_axis(target / np.sqrt(1 - target**2), orders, 1).T.copy()
+        others = (orders != np.arange(k)[:, None]).T.astype(np.float64)
+        R = C / n / n[:, None]
+        H, squares, piece = (
+            R.copy(),
+            np.ones(k),
+            np.empty_like(R),
+        )  # products of every corrected gradient with unit ones; its length^2
+        at = (orders + k * np.arange(k)[:, None]).T.copy()
+        phi, raised = np.empty((k, k)), np.empty((k, k))
+        for t, j in enumerate(orders.T):
+            product, length = H.take(at[t]), np.sqrt(np.maximum(squares, TINY))
+            phi[t] = cosine = np.maximum(np.minimum(product / length, 1.0), -1.0)
+            sine = np.sqrt(1.0 - cosine * cosine)
+            raised[t] = r = np.maximum(length * (tangent[t] * sine - cosine), 0.0) * others[t]
+            squares += r * (2 * product + r)
+            np.take(R, j, axis=0, out=piece, mode="clip")
+            piece *= r[:, None]
+            H += piece
+        A, cosines = np.empty((k, k)), np.empty((k, k))  # coefficients of every corrected gradient
+        np.put_along_axis(A, orders, raised.T, 1)
+        np.put_along_axis(cosines, orders, phi.T, 1)
+        self.state["rho"][np.ix_(self.active, self.active)] = rho + self.beta * (cosines - rho) * (1 - np.eye(k))
+        return np.asarray(self.p + (self.p * n) @ A / n)

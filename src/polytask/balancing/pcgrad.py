@@ -46,10 +46,14 @@ class PCGrad(GramianWeighting):
         orders = np.tile(rows, (k, 1))
         if self.order == "random":
             orders = self.rng.permuted(orders, axis=1)
-        A = np.eye(k)  # coefficients of every surgically changed gradient
-        H = C.copy()  # its inner products with the original ones
-        for j in orders.T:
-            opposed = np.where(j == rows, 0.0, np.minimum(H[rows, j], 0.0)) / np.diag(C)[j]
-            A[rows, j] -= opposed
-            H -= opposed[:, None] * C[j]
-        return np.asarray(self.p @ A)
+        H = C.copy()  # products of every surgically changed gradient with the original ones
+        others = (orders != rows[:, None]) / np.diag(C)[orders]
+        taken, piece = np.empty((k, k)), np.empty_like(C)
+        for t, j in enumerate(orders.T):
+            taken[t] = opposed = np.minimum(H[rows, j], 0.0) * others[:, t]
+            np.take(C, j, axis=0, out=piece, mode="clip")
+            piece *= opposed[:, None]
+            H -= piece
+        A = np.empty((k, k))  # what is taken out of every gradient, as coefficients
+        np.put_along_axis(A, orders, taken.T, 1)
+        return np.asarray(self.p - self.p @ A)
