@@ -9,7 +9,7 @@ import numpy as np
 from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vector
 from polytask.balancing.ray import losses_for_ray, off_ray
 from polytask.errors import InputError
-from polytask.linalg import project_simplex, simplex_qp
+from polytask.linalg import project_simplex, ridge, simplex_qp
 from polytask.registry import register
 
 
@@ -48,7 +48,7 @@ class FERERO(GramianWeighting):
         self,
         *,
         c: float = 1.0,
-        ridge: float = 0.01,
+        ridge: float = 1e-3,
         single_loop: bool = False,
         lr: float = 0.1,
         **base: Unpack[BaseOptions],
@@ -69,7 +69,8 @@ class FERERO(GramianWeighting):
             return self._step(C, B.T @ B, h)
         S = B @ C @ B.T + self.ridge * np.eye(len(B))
         across = np.linalg.solve(S, np.column_stack([B @ C, self.c * (B @ h)]))
-        reduced = C - C @ B.T @ across[:, :-1]
+        # 0 up to rounding where the gradients are Pareto stationary
+        reduced = C - C @ B.T @ across[:, :-1] + ridge(len(C), self.precision) * np.eye(len(C))
         lam = simplex_qp((reduced + reduced.T) / 2, C @ B.T @ across[:, -1], self.precision)
         return np.asarray(lam + B.T @ (across[:, -1] - across[:, :-1] @ lam))
 

@@ -79,7 +79,7 @@ class SonGoku(GradientAggregator):
 def _colours(C: Matrix, tau: float) -> npt.NDArray[np.int64]:
     """A colour for each vector, none shared by two whose cosine is below -tau."""
     n = np.sqrt(np.diag(C))
-    edges = C < -tau * np.outer(n, n)
+    edges = np.less(C, -tau * np.outer(n, n))
     colours = np.full(len(C), -1, dtype=np.int64)
     for i in np.lexsort((-n, -edges.sum(1))):
         taken = set(colours[edges[i]].tolist())

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polytask.balancing import Balancer, make
+from polytask.balancing.presets import resolve
 from polytask.errors import InputError, TrainingError
 from polytask.models import MultiTaskModel
-from polytask.registry import find
 from polytask.tasks import Tasks
 from polytask.training.config import TrainConfig
 from polytask.training.data import Batches, TaskData, TrainingData, check_targets
@@ -314,7 +314,7 @@ class _Loop:
 
 def _balancer(balancer: Balancer | str, tasks: Tasks, seed: int) -> Balancer:
     if isinstance(balancer, str):
-        options = find(balancer, "balancing").options
+        options = resolve(balancer)[0].options
         balancer = make(balancer, **({"seed": seed} if "seed" in options else {}))
     balancer.bind(list(tasks))
     return balancer

@@ -1,0 +1,40 @@
+"""Names of other libraries that mean a method of this one with certain options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from polytask.errors import InputError
+from polytask.registry import Method, find, spelling
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "log_imtl": ("imtl_g", {"log_losses": True}),  # the benchmark scripts' IMTL is IMTL-G
+    "mtche": ("tchebycheff", {"modified": True}),
+    "asf": ("tchebycheff", {"modified": True}),
+    "aasf": ("tchebycheff", {"modified": True, "rho": 0.1}),
+    "softtche": ("stch", {"warmup": None, "mu": 0.1}),
+    "stche": ("stch", {"warmup": None, "mu": 0.1}),
+}
+_SPELLINGS = {spelling(name): said for name, said in PRESETS.items()}
+
+
+def resolve(name: str) -> tuple[Method, dict[str, Any]]:
+    """The balancing method that a name means, and the options it implies: ``LOG_X`` is X on logarithms of the losses.
+
+    Raises:
+        InputError: no such method; the message suggests the nearest names.
+    """
+    key = spelling(name)
+    if key in _SPELLINGS:
+        method, implied = _SPELLINGS[key]
+        return find(method, family="balancing"), dict(implied)
+    try:
+        return find(name, family="balancing"), {}
+    except InputError:
+        if not key.startswith("log"):
+            raise
+        try:
+            return find(key.removeprefix("log"), family="balancing"), {"log_losses": True}
+        except InputError:
+            pass
+        raise
