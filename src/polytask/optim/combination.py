@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,9 @@ from torch import Tensor
 from polytask.autograd import gramian
 from polytask.errors import InputError
 
+if TYPE_CHECKING:
+    from polytask.registry import Method
+
 Weights = Mapping[str, float] | Sequence[float] | Tensor | None
 
 
@@ -20,6 +23,7 @@ class TaskBalancer(Protocol):
     """What is asked of a balancing method here; every one of :mod:`polytask.balancing` answers to it."""
 
     needs: ClassVar[str]
+    method: ClassVar[Method]
 
     def bind(self, tasks: Sequence[str]) -> None:
         """Fix the tasks, or find those given among them."""

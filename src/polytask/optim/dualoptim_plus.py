@@ -144,7 +144,8 @@ class DualOptimPlus(TaskOptimizer):
         Cost: one backward pass.
         """
         given = self.begin(losses, balancer, None, scaler)
-        if given.weights is None or not bool((given.weights == given.weights[0]).all()):
+        others = given.balancer is not None and given.balancer.method.name != "equal"
+        if others or given.weights is None or not bool((given.weights == given.weights[0]).all()):
             raise InputError(
                 "the objectives of dualoptim_plus take turns: give each a factor of the learning rate in place of a balancer"
             )
