@@ -13,6 +13,8 @@ _exports = {
     "MultiTaskModel": "polytask.models",
     "wrap": "polytask.models",
     "backward": "polytask.balancing",
+    "backward_batches": "polytask.balancing",
+    "step": "polytask.balancing",
     "diagnose": "polytask.training",
     "train": "polytask.training",
     "TaskData": "polytask.training",
@@ -44,6 +46,8 @@ __all__ = ["__version__", *_exports]
 
 if TYPE_CHECKING:
     from polytask.balancing import backward as backward
+    from polytask.balancing import backward_batches as backward_batches
+    from polytask.balancing import step as step
     from polytask.errors import InputError as InputError
     from polytask.errors import PolytaskError as PolytaskError
     from polytask.errors import TrainingError as TrainingError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import polytask
 from polytask.balancing import Balancer, make
+from polytask.balancing.looks import looks_again
 from polytask.registry import Method, methods
 
 METHODS = {m.name: m for m in methods("balancing")}
@@ -64,6 +66,15 @@ def run(
             after = values * (1 - 0.1 * values / values.sum())
             balancer.after_step(dict(zip(present, after, strict=True)))
     return found
+
+
+def fill(balancer: Balancer, evaluate: Callable[[], Mapping[str, Tensor]], shared: Sequence[Tensor]) -> None:
+    """Fill ``.grad`` the way the method asks for; every batch is the same where it looks at several."""
+    if looks_again(balancer):
+        batches = [None] * len(balancer.batches)
+        polytask.backward_batches(lambda _: evaluate(), batches, shared=shared, balancer=balancer)
+    else:
+        polytask.backward(evaluate(), shared=shared, balancer=balancer)
 
 
 def script(tasks: int, coordinates: int = 12, steps: int = 10) -> list[tuple[Tensor, Tensor]]:

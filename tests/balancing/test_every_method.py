@@ -5,6 +5,8 @@ A test called ``test_X`` is left out for a method only where its registration sa
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,19 @@ from polytask.balancing import GramianWeighting, LossWeighting
 from polytask.errors import InputError
 from polytask.registry import Method
 
-from .conftest import GENERATED, METHODS, PROPERTIES, build, declaring, gradients, losses, run, script, through_json
+from .conftest import (
+    GENERATED,
+    METHODS,
+    PROPERTIES,
+    build,
+    declaring,
+    fill,
+    gradients,
+    losses,
+    run,
+    script,
+    through_json,
+)
 
 GRAMIAN = [m for m in METHODS.values() if issubclass(m.factory, GramianWeighting)]
 
@@ -223,7 +237,7 @@ def test_descent(method: Method) -> None:
         if step % 10 == 0:
             b.begin_epoch()
         x.grad = None
-        polytask.backward(quadratics(x), shared=[x], balancer=b)
+        fill(b, functools.partial(quadratics, x), [x])
         assert x.grad is not None
         with torch.no_grad():
             x -= rate * x.grad / max(1.0, float(x.grad.norm()))
@@ -240,10 +254,12 @@ def test_log_losses(method: Method) -> None:
     for option in (True, False):
         x = torch.nn.Parameter(torch.tensor([3.0, -2.0, 0.5, 4.0], dtype=torch.float64))
         b = build(method, log_losses=option)
-        values = {n: 10 * v for n, v in quadratics(x).items()}
-        if not option and not b.takes_logarithms:
-            values = {n: v.log() for n, v in values.items()}
-        polytask.backward(values, shared=[x], balancer=b)
+        logarithms = not option and not b.takes_logarithms
+
+        def values(x: torch.Tensor = x, logarithms: bool = logarithms) -> dict[str, torch.Tensor]:
+            return {n: (10 * v).log() if logarithms else 10 * v for n, v in quadratics(x).items()}
+
+        fill(b, values, [x])
         assert x.grad is not None
         found.append(x.grad)
     assert_close(found[0], found[1], 1e-9)

@@ -8,6 +8,7 @@ from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighti
 from polytask.balancing.engine import backward
 from polytask.balancing.observation import Observation
 from polytask.balancing.presets import resolve
+from polytask.balancing.several_batches import backward_batches, step
 from polytask.errors import InputError
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "Observation",
     "Preference",
     "backward",
+    "backward_batches",
     "make",
+    "step",
 ]
 
 

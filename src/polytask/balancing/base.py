@@ -19,7 +19,7 @@ import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Vector = npt.NDArray[np.float64]
 Matrix = npt.NDArray[np.float64]
 Preference = Sequence[float] | Mapping[str, float] | None
+Role = Literal["train", "validation"]
 
 
 class BaseOptions(TypedDict, total=False):
@@ -68,6 +69,8 @@ class Balancer(ABC):
         observation: what the last step saw.
         workspace: memory for the task gradients, kept between steps.
         branches: balancers like this one for further groups of shared parameters; see :meth:`branch`.
+        batches: the independent batches it looks at in a step: ``train`` ones, of which the last is followed, and ``validation`` ones,
+            whose gradients never reach the parameters. Where these are more than one, see :func:`polytask.backward_batches`.
         agreed_in: the group of processes whose balancers have the same state and random numbers.
     """
 
@@ -75,6 +78,7 @@ class Balancer(ABC):
     method: ClassVar[Method]
     needs_second_evaluation: bool = False
     takes_logarithms: ClassVar[bool] = False
+    batches: tuple[Role, ...] = ("train",)
 
     def __init__(
         self, *, preference: Preference = None, log_losses: bool = False, every: int = 1, seed: int = 0
@@ -304,8 +308,13 @@ class GramianWeighting(Balancer):
         values = None if losses is None else losses.detach().double().cpu().numpy()
         return torch.from_numpy(self.weights_of(C, values, precision or precision_of(gramian))).to(gramian)
 
-    def weights_of(self, C: Matrix, losses: Vector | None, precision: float = SINGLE) -> Vector:
-        """:meth:`weights` on NumPy arrays, for the active tasks, from gradients multiplied in single precision or the given one."""
+    def weights_of(
+        self, C: Matrix, losses: Vector | None, precision: float = SINGLE, squares: Vector | None = None
+    ) -> Vector:
+        """:meth:`weights` on NumPy arrays, for the active tasks, from gradients multiplied in single precision or the given one.
+
+        Where C holds inner products between the gradients of two batches, ``squares`` are the products of their norms, shape (tasks,).
+        """
         self.precision = precision
         kept_weights = self.reuse()
         if kept_weights is not None:
@@ -314,12 +323,13 @@ class GramianWeighting(Balancer):
             bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
             names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad.tolist()
             raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
-        nonzero = np.diag(C) > 0
+        squares = np.diag(C) if squares is None else squares
+        nonzero = squares > 0
         w = np.zeros(len(C))
         if not nonzero.any():
             return np.asarray(w + self.p)
         everyone, kept = self.active, np.flatnonzero(nonzero)
-        self.mean_square = float(np.diag(C)[kept].mean())
+        self.mean_square = float(squares[kept].mean())
         self.active = everyone[kept]
         try:
             solved = self.solve(C[np.ix_(kept, kept)] / self.mean_square, None if losses is None else losses[kept])
@@ -382,11 +392,11 @@ class GradientAggregator(Balancer):
         J = jacobian.detach()
         d = self.aggregate(J, None if losses is None else losses.detach())
         if self.every > 1:
-            self.keep(_nearest_combination(J, d))
+            self.keep(nearest_combination(J, d))
         return d
 
 
-def _nearest_combination(J: Float[Tensor, "tasks coordinates"], d: Float[Tensor, " coordinates"]) -> Vector:
+def nearest_combination(J: Float[Tensor, "tasks coordinates"], d: Float[Tensor, " coordinates"]) -> Vector:
     """The weights w that make w @ J least different from d, for gradients each measured by its own length."""
     C = gramian(J).cpu().numpy()
     size = np.sqrt(np.diag(C))

@@ -78,8 +78,9 @@ class FORUM(LookingBalancer):
     fixed in :math:`\nabla q`; unit gradients
     :math:`v_k = p_k (0, \nabla L_k^{val} / \lVert \nabla L_k^{val} \rVert)`;
     :math:`\pi_k = \varphi - \langle v_k, \nabla q \rangle / \lVert \nabla q \rVert^2`; and :math:`\lambda` a moving average, of pace
-    :math:`e^{-3/4}` in epoch e, of the solutions of :func:`constrained_weights`. :math:`\alpha` takes an Adam step against its part
-    of d; the rest is the direction of all parameters, those of single tasks included. LibMTL's form.
+    :math:`t^{-3/4}` in step t, of the solutions of :func:`constrained_weights`. :math:`\alpha` takes an Adam step against its part
+    of d; the rest is the direction of all parameters, those of single tasks included. LibMTL's form, but for its pace,
+    which there falls by epochs.
 
     Args:
         phi: :math:`\varphi`, how fast the constraint is to be met.
@@ -111,11 +112,7 @@ class FORUM(LookingBalancer):
         self.adam = InnerAdam("alpha", lr)
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {**self.adam.start(n_tasks, 0.0), "weights": np.full(n_tasks, 1 / n_tasks), "epoch": 0}
-
-    def begin_epoch(self) -> None:
-        if self.tasks is not None:
-            self.state["epoch"] += 1
+        return {**self.adam.start(n_tasks, 0.0), "weights": np.full(n_tasks, 1 / n_tasks), "steps": 0}
 
     def ahead(self, looks: Looks, s: Tensor, g: Tensor) -> Tensor:
         r"""The training losses at :math:`\theta_T`, shape (tasks,), given the gradient g of f at :math:`\theta`."""
@@ -148,7 +145,8 @@ class FORUM(LookingBalancer):
         if len(kept):
             C = gramian(V).cpu().numpy()[np.ix_(kept, kept)]
             found = constrained_weights(C, b[kept], n, self.phi)
-            pace = max(self.state["epoch"], 1) ** -0.75
+            self.state["steps"] += 1
+            pace = self.state["steps"] ** -0.75
             weights[kept] += pace * (weights[kept].sum() * found - weights[kept])
             self.state["weights"][self.active] = weights
         weights = weights / weights.sum()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import gramian
-from polytask.balancing.base import BaseOptions, Role
+from polytask.balancing.base import BaseOptions, Role, precision_of
 from polytask.balancing.inner_adam import InnerAdam
 from polytask.balancing.looks import LookingBalancer, Looks
 from polytask.balancing.rows import rows_of
@@ -72,7 +72,9 @@ class MOML(LookingBalancer):
         size = A.norm(dim=1, keepdim=True)
         A = A[size[:, 0] > 0] / size[size[:, 0] > 0]
         if len(A):
-            w = torch.from_numpy(min_norm_point(gramian(A).cpu().numpy())).to(A)
-            self.adam.step(self.state, rows, w @ A)
+            precision = precision_of(G)
+            h = torch.from_numpy(min_norm_point(gramian(A).cpu().numpy(), precision)).to(A) @ A
+            # Adam makes a full step of the rounding that is left where some alpha suits all tasks
+            self.adam.step(self.state, rows, h if bool(h @ h > precision) else torch.zeros_like(h))
         s = torch.softmax(self.adam.read(self.state, rows, looks.values.device).to(G) + log_p, 0)
         return s @ G, s
