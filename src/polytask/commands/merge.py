@@ -12,6 +12,7 @@ from polytask.commands.failures import Interrupted
 
 if TYPE_CHECKING:
     from polytask.merging.on_disk import MergePlan
+    from polytask.merging.proxy import Proxy
 
 Paths = Annotated[
     list[Path],
@@ -58,6 +59,22 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    proxy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA",
+            help="A few dozen inputs for methods with statistics: arrays, a table with a column 'text', or a folder with a file an expert.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FACTORY",
+            help="Makes the model that runs them (or FILE.py:FACTORY); transformers folders need none.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -74,8 +91,9 @@ def merge(
     """Merge fine-tuned models into one, tensor by tensor; killed and started again, it goes on where it was."""
     from polytask.errors import InputError
 
+    inputs = _proxy(proxy, model)
     if paths[0].suffix in (".yml", ".yaml"):
-        plan, folder = _configured(paths, folder, given=bool(settings or filters or skip or no_base))
+        plan, folder = _configured(paths, folder, inputs, given=bool(settings or filters or skip or no_base))
     else:
         from polytask.merging.on_disk import MergePlan
 
@@ -83,7 +101,17 @@ def merge(
             raise InputError("name the base and at least one fine-tuned model, or a configuration file")
         options = dict(_setting(s) for s in settings or ())
         base, experts = (None, paths) if no_base else (paths[0], paths[1:])
-        plan = MergePlan(experts, base, method, lambda _: options, tuple(filters or ()), tuple(skip or ()), dtype, seed)
+        plan = MergePlan(
+            experts,
+            base,
+            method,
+            lambda _: options,
+            tuple(filters or ()),
+            tuple(skip or ()),
+            dtype,
+            seed,
+            proxy=inputs,
+        )
     if not dry_run and folder is None:
         raise InputError("say where the merged model goes with --out DIR, or only plan it with --dry-run")
     if dry_run or folder is None:
@@ -96,7 +124,18 @@ def merge(
         out().print(f"{plan.method} of {len(plan.experts)} models: {folder}", markup=False, soft_wrap=True)
 
 
-def _configured(paths: list[Path], folder: Path | None, given: bool) -> tuple[MergePlan, Path | None]:
+def _proxy(data: Path | None, model: str | None) -> Proxy | None:
+    from polytask.errors import InputError
+    from polytask.merging.proxy import Proxy
+
+    if data is None and model is not None:
+        raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
+    return None if data is None else Proxy(data, model)
+
+
+def _configured(
+    paths: list[Path], folder: Path | None, proxy: Proxy | None, given: bool
+) -> tuple[MergePlan, Path | None]:
     from polytask.errors import InputError
     from polytask.merging.config import read_config
 
@@ -104,7 +143,7 @@ def _configured(paths: list[Path], folder: Path | None, given: bool) -> tuple[Me
         raise InputError(f"{paths[0]} says how to merge: leave out --set, --filter, --skip and --no-base")
     if len(paths) > 2 or (len(paths) == 2 and folder is not None):
         raise InputError("after a configuration file comes one folder for the result")
-    return read_config(paths[0]), paths[1] if len(paths) == 2 else folder
+    return read_config(paths[0], proxy), paths[1] if len(paths) == 2 else folder
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -131,7 +170,11 @@ def carry_out(plan: MergePlan, folder: Path, overwrite: bool, quiet: bool) -> No
         task = bar.add_task("", total=len(plan.specs))
         try:
             write(
-                plan, folder, overwrite=overwrite, progress=lambda name: bar.update(task, advance=1, description=name)
+                plan,
+                folder,
+                overwrite=overwrite,
+                progress=lambda name: bar.update(task, advance=1, description=name),
+                told=lambda what: bar.update(task, description=what),
             )
         except KeyboardInterrupt:
             raise Interrupted(

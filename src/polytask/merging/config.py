@@ -11,6 +11,7 @@ from typing import Any
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
 from polytask.merging.on_disk import MergePlan
+from polytask.merging.proxy import Proxy
 from polytask.registry import Method, find
 
 KNOWN = (
@@ -47,10 +48,12 @@ FIRST = ("embed", "wte", "wpe", "patch")
 LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
 
 
-def read_config(file: Path) -> MergePlan:
+def read_config(file: Path, proxy: Proxy | None = None) -> MergePlan:
     """The plan that a YAML file describes.
 
-    Paths in it are relative to the file's folder.
+    Args:
+        file: paths in it are relative to its folder.
+        proxy: what statistics are gathered from, for methods that need them.
 
     Raises:
         InputError: not YAML, a key or a parameter that is not known, models that do not fit together.
@@ -69,10 +72,10 @@ def read_config(file: Path) -> MergePlan:
     unknown = [k for k in said if k not in KNOWN]
     if unknown:
         raise InputError(f"{file} says {unknown[0]!r}, which is not known; known are {', '.join(KNOWN)}")
-    return _plan(said, file)
+    return _plan(said, file, proxy)
 
 
-def _plan(said: Mapping[str, Any], file: Path) -> MergePlan:
+def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan:
     method = find(str(said["merge_method"]), family="merging")
     listed = _models(said, file)
     base = said.get("base_model")
@@ -101,6 +104,7 @@ def _plan(said: Mapping[str, Any], file: Path) -> MergePlan:
         said.get("out_dtype") or said.get("dtype"),
         int(said.get("seed") or 0),
         None if tokenizer == "base" else _place(tokenizer, file),
+        proxy=proxy,
     )
 
 

@@ -150,7 +150,9 @@ class MergePlan:
         peak = 0.0
         for name in self.match.merged:
             size = self.specs[name].elements * self._compute_dtype(name).itemsize
-            needed = size * (len(self.models) + self.engine.merger(name).scratch)
+            merger = self.engine.merger(name)
+            scratch = merger.scratch + len(self.experts) * merger.scratch_per_expert
+            needed = size * (len(self.models) + scratch)
             if self.statistic == "gramian" and len(self.specs[name].shape) == 2:
                 needed += GRAMIANS * 8 * (self.specs[name].shape[1] + 1) ** 2
             peak = max(peak, needed)
@@ -257,6 +259,8 @@ def _finished(work: Path, digest: str) -> list[str]:
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
+        # known from here on: statistics that are gathered before the first file is finished belong to this plan
+        _write_beside(work / JOURNAL, json.dumps({"plan": digest, "finished": []}))
     except OSError as error:
         raise StorageError(
             f"{work.parent} cannot be written to: {(error.strerror or 'unknown reason').lower()}"
@@ -278,7 +282,8 @@ def _prepare(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
         for t, file in enumerate(files):
             if not file.exists():
                 told(f"statistics of {plan.experts[t].name}")
-                save_tensors(file, plan.proxy.gather(plan.statistic, plan.experts, t))
+                experts = plan.models[-len(plan.experts) :]
+                save_tensors(file, plan.proxy.gather(plan.statistic, experts, t, plan.base))
         plan.engine.statistics = [StoredTensors(f) for f in files]
         plan.engine.check_statistics(plan.match.merged)
     _survey(plan, work, told)

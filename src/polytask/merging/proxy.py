@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from polytask.errors import InputError, MissingExtraError, StorageError
-from polytask.merging.checkpoint import open_checkpoint
+from polytask.merging.checkpoint import Checkpoint, open_checkpoint
 from polytask.merging.statistics import gather_fisher, gather_gramians
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 ARRAYS = (".safetensors", ".npz")
 TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
 TEXT = "text"
+CONFIG = "config.json"
 FEWEST = 8
 """Examples below which nobody can tell what a layer's inputs look like."""
 
@@ -67,54 +68,72 @@ class Proxy:
             )
         return found[t]
 
-    def gather(self, statistic: str, experts: Sequence[Path], t: int) -> dict[str, Tensor]:
+    def gather(self, statistic: str, experts: Sequence[Checkpoint], t: int, base: Path | None) -> dict[str, Tensor]:
         """A statistic of the t-th expert, on its own inputs.
+
+        Args:
+            statistic: ``gramian`` or ``fisher``.
+            experts: all of them.
+            t: which of them.
+            base: the base's folder, which knows the architecture and the tokenizer of experts that are adapters.
 
         Raises:
             InputError: inputs that do not fit the model, too few of them; a model that cannot be built or that the weights do not fit.
             StorageError: a file is missing or cut short.
         """
-        file = self.file(experts, t)
-        batches = list(_batches(file, experts[t]))
+        file, expert = self.file([e.path for e in experts], t), experts[t]
+        batches = list(_batches(file, _configured(expert.path, base)))
         count = sum(len(next(iter(b.values())) if isinstance(b, dict) else b[0]) for b in batches)
         if count < FEWEST:
             raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
-        model = self.build(experts[t])
+        model = self.build(expert, base)
         try:
             return GATHER[statistic](model, batches)
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
-            raise InputError(f"the model of {experts[t]} cannot run the inputs of {file}: {reason}") from None
+            raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
 
-    def build(self, folder: Path) -> nn.Module:
+    def build(self, expert: Checkpoint, base: Path | None = None) -> nn.Module:
         """The model of a checkpoint, with its weights.
 
         Raises:
             InputError: see :meth:`gather`.
             MissingExtraError: it is a transformers folder and transformers is not installed.
         """
-        return _manufactured(self.model, folder) if self.model is not None else _pretrained(folder)
+        if self.model is not None:
+            return _manufactured(self.model, expert)
+        folder = _configured(expert.path, base)
+        model = _pretrained(folder)
+        if folder != expert.path:
+            _load(model, expert, f"the model of {folder}", whole=False)
+        return model
 
 
-def _manufactured(name: str, folder: Path) -> nn.Module:
+def _configured(expert: Path, base: Path | None) -> Path:
+    return base if base is not None and not (expert / CONFIG).exists() and (base / CONFIG).exists() else expert
+
+
+def _manufactured(name: str, checkpoint: Checkpoint) -> nn.Module:
     where, sign, factory = name.rpartition(":")
     if not sign:
         raise InputError(f"a model is named by MODULE:FACTORY or FILE.py:FACTORY, not by {name!r}")
     try:
         made = getattr(_module(where), factory)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise InputError(f"{name} gives no model: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")
-    checkpoint, state = open_checkpoint(folder), made.state_dict()
-    for n, tensor in state.items():
-        if n not in checkpoint.specs or checkpoint.specs[n].shape != tuple(tensor.shape):
-            raise InputError(
-                f"the model that {name} gives has a tensor {n} of shape {list(tensor.shape)}, which {folder} has not"
-            )
-        with torch.no_grad():
-            tensor.copy_(checkpoint.read(n))
+    _load(made, checkpoint, f"the model that {name} gives", whole=True)
     return made
+
+
+@torch.no_grad()
+def _load(model: nn.Module, checkpoint: Checkpoint, label: str, *, whole: bool) -> None:
+    for n, tensor in model.state_dict().items():
+        if n in checkpoint.specs and checkpoint.specs[n].shape == tuple(tensor.shape):
+            tensor.copy_(checkpoint.read(n))
+        elif whole or n in checkpoint.specs:
+            raise InputError(f"{label} has a tensor {n} of shape {list(tensor.shape)}, which {checkpoint.path} has not")
 
 
 def _module(where: str) -> ModuleType:
@@ -129,7 +148,7 @@ def _module(where: str) -> ModuleType:
 
 
 def _pretrained(folder: Path) -> nn.Module:
-    config = folder / "config.json"
+    config = folder / CONFIG
     if not config.exists():
         raise InputError(
             f"{folder} has no config.json that says what model it is: name a factory with --model MODULE:FACTORY"
