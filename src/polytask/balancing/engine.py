@@ -22,6 +22,7 @@ from polytask.autograd import (
 from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, LossWeighting
 from polytask.balancing.exact import exact
+from polytask.balancing.looks import looks_again
 from polytask.balancing.losses import Counts, OnNonfinite, Step, begin
 from polytask.balancing.observation import Observation
 from polytask.balancing.weighing import weigh
@@ -91,6 +92,10 @@ def backward(
         from polytask.balancing import make
 
         balancer = make(balancer)
+    if looks_again(balancer):
+        raise InputError(
+            f"{balancer.method.name} looks at the model more than once a step: call polytask.backward_batches(evaluate, batches, ...)"
+        )
     step = begin(balancer, losses, counts, on_nonfinite, Processes.of(group))
     if not step.names:
         balancer.observation = step.not_taken("none", ())
