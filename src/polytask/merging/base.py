@@ -84,6 +84,7 @@ class Stage(ABC):
     Attributes:
         passes: how many times :meth:`survey` wants to see every tensor.
         scratch: memory needed beside the base's tensor and the task vectors, in multiples of that tensor; what ``--dry-run`` adds up.
+        scratch_per_expert: the same, for each expert: of methods that must keep the task vectors while another one works on a copy.
         kept: where a survey puts tensors that merging will need: memory for models in memory, files for models on disk. What is there
             already, when a merge was killed and started again, need not be computed again.
     """
@@ -91,6 +92,7 @@ class Stage(ABC):
     method: ClassVar[Method]
     passes: int = 0
     scratch: float = 1.0
+    scratch_per_expert: float = 0.0
     kept: MutableMapping[str, Tensor]
 
     def begin(self) -> None:  # noqa: B027
