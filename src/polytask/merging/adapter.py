@@ -145,11 +145,13 @@ def on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
         InputError: the adapter is for another base.
     """
     rename = _renaming(adapter, base)
-    updates = {_weight(rename(layer), base.specs): u for layer, u in adapter.updates.items()}
+    updates = {weight: adapter.updates[layer] for weight, layer in placed(adapter, base).items()}
     biases = {f"{rename(layer)}.bias": u for layer, u in adapter.updates.items() if u.bias is not None}
     # what the base has not, a head of its own, keeps its name
     replaced = {rename(n) if rename(n) in base.specs else n: stored for n, stored in adapter.replaced.items()}
-    _check_shapes(adapter, updates, biases, base)
+    lacking = [n for n in biases if n not in base.specs]
+    if lacking:
+        raise InputError(f"the adapter {adapter.path} adds to {lacking[0]}, which {base.path} has not")
     _check_named_base(adapter, next(iter(updates)), base)
     specs = dict(base.specs)
     for name, stored in replaced.items():
@@ -170,6 +172,27 @@ def on_base(adapter: Adapter, base: Checkpoint) -> Checkpoint:
             out.copy_(exact)
 
     return Checkpoint(adapter.path, specs, (adapter.path / ADAPTER, *adapter.tensors.files, *base.files), read_into)
+
+
+def placed(adapter: Adapter, base: Checkpoint) -> dict[str, str]:
+    """Which weight of the base each layer of an adapter changes: {weight: layer}.
+
+    Raises:
+        InputError: the base has no such weight, or one of another shape.
+    """
+    rename = _renaming(adapter, base)
+    found = {_weight(rename(layer), base.specs): layer for layer in adapter.updates}
+    for name, layer in found.items():
+        u = adapter.updates[layer]
+        A, B = (adapter.tensors.specs[n].shape for n in (u.A, u.B))
+        shape = (A[1], B[0]) if u.turned else (B[0], *A[1:])
+        if shape != base.specs[name].shape:
+            raise InputError(
+                f"the adapter {adapter.path} changes {name} as a tensor of shape {list(shape)}, and {base.path} has "
+                f"{list(base.specs[name].shape)}: it is for another base"
+                + (f" ({adapter.base})" if adapter.base else "")
+            )
+    return found
 
 
 def _add(tensors: Checkpoint, u: Update, W: Tensor) -> None:
@@ -246,23 +269,6 @@ def _renaming(adapter: Adapter, base: Checkpoint) -> Callable[[str], str]:
         f"the adapter {adapter.path} changes {missing}, which {base.path} has not: it is for another base"
         + (f" ({adapter.base})" if adapter.base else "")
     )
-
-
-def _check_shapes(
-    adapter: Adapter, updates: Mapping[str, Update], biases: Mapping[str, Update], base: Checkpoint
-) -> None:
-    for name, u in updates.items():
-        A, B = (adapter.tensors.specs[n].shape for n in (u.A, u.B))
-        shape = (A[1], B[0]) if u.turned else (B[0], *A[1:])
-        if shape != base.specs[name].shape:
-            raise InputError(
-                f"the adapter {adapter.path} changes {name} as a tensor of shape {list(shape)}, and {base.path} has "
-                f"{list(base.specs[name].shape)}: it is for another base"
-                + (f" ({adapter.base})" if adapter.base else "")
-            )
-    lacking = [n for n in biases if n not in base.specs]
-    if lacking:
-        raise InputError(f"the adapter {adapter.path} adds to {lacking[0]}, which {base.path} has not")
 
 
 def _check_named_base(adapter: Adapter, name: str, base: Checkpoint) -> None:

@@ -44,6 +44,10 @@ class LowRank:
         r""":math:`\sum_t w_t B_t A_t`."""
         return (self.B * w[:, None, None]).transpose(0, 1).flatten(1) @ self.A.flatten(0, 1)
 
+    def mixed(self, w: Float[Tensor, " experts"]) -> Float[Tensor, "outputs inputs"]:
+        r""":math:`\bigl(\sum_t w_t B_t\bigr) \bigl(\sum_t w_t A_t\bigr)`."""
+        return torch.einsum("t,tor->or", w, self.B) @ torch.einsum("t,tri->ri", w, self.A)
+
 
 class RoutedLinear(nn.Module):
     r"""A linear layer and its experts, weighed by a router.

@@ -80,7 +80,7 @@ def save_routed(model: nn.Module, folder: Path) -> None:
         "format": FORMAT,
         "experts": list(expert_names(model)),
         "layers": [
-            {"weight": _weight_name(model, n), "router": m.router.kind, "options": m.router.options, "mix": m.mix}
+            {"weight": weight_name(model, n), "router": m.router.kind, "options": m.router.options, "mix": m.mix}
             for n, m in layers.items()
         ],
     }
@@ -185,20 +185,21 @@ def _divided(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         inner = name.removeprefix(f"{layer}.")
         owner, _, leaf = name.rpartition(".in_proj.")
         if layer and inner not in ("weight", "bias"):
-            experts[f"{_weight_name(model, layer)}/{inner}"] = tensor
+            experts[f"{weight_name(model, layer)}/{inner}"] = tensor
         else:
             base[f"{owner}.in_proj_{leaf}" if leaf and owner in opened else name] = tensor
     return base, experts
 
 
-def _weight_name(model: nn.Module, layer: str) -> str:
+def weight_name(model: nn.Module, layer: str) -> str:
+    """The name that the weight of a routed layer has in the plain model."""
     parent, _, leaf = layer.rpartition(".")
     stacked = leaf == "in_proj" and isinstance(model.get_submodule(parent), RoutedAttention)
     return f"{parent}.in_proj_weight" if stacked else f"{layer}.weight"
 
 
 def _in_order(model: nn.Module, layers: Mapping[str, Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return [layers[_weight_name(model, n)] for n in routed_layers(model)]
+    return [layers[weight_name(model, n)] for n in routed_layers(model)]
 
 
 def _router(weight: str, entry: Mapping[str, Any], experts: Checkpoint) -> Router:
