@@ -8,6 +8,7 @@ from polytask.linalg.complementarity import nonnegative_qp
 from polytask.linalg.scaling import DOUBLE, Matrix, Vector, correlation, definite
 
 RELATIVE_TOLERANCE = 1e-12
+EXCHANGES = 12
 
 
 def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -> Vector:
@@ -16,8 +17,8 @@ def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -
 
     With :math:`b = Cu`, the shortest x that improves every task by :math:`\tau` is :math:`x = \sum_i v_i g_i`,
     :math:`v \ge 0 \perp Cv + b - \tau \ge 0`. Its length is convex and increasing in :math:`\tau`, and on each set of
-    positive coordinates the :math:`\tau` of a wanted length solves a quadratic equation: a Newton method from above
-    that ends after a few supports.
+    positive coordinates the :math:`\tau` of a wanted length solves a quadratic equation. Supports and :math:`\tau` are exchanged
+    together at first; where that cycles, a Newton method comes down from above and ends after a few supports.
 
     Args:
         C: inner products of non-zero vectors, shape (tasks, tasks).
@@ -58,21 +59,48 @@ def worst_raised(M: Matrix, alpha: Vector, beta: Vector, radius: float, tau: flo
     Returns:
         y, shape (tasks,), non-negative. Cost: a few linear solves.
     """
+    exchanged = _exchange(M, alpha, beta, radius)
+    if exchanged is not None:
+        return exchanged
     y = np.zeros(len(beta))
     for _ in range(50):
         y = nonnegative_qp(M, (beta - tau * alpha)[None], None if not y.any() else (y > 0)[None])[0]
         support = np.flatnonzero(y > 0)
         if not len(support):
             break
-        before, tau = tau, _tau_of_length(M, alpha, beta, support, radius)
+        before, tau = tau, _tau_of_length(M, alpha, beta, support, radius)[0]
         if abs(tau - before) <= RELATIVE_TOLERANCE * max(abs(tau), abs(before)):
             break
     return y
 
 
-def _tau_of_length(M: Matrix, alpha: Vector, beta: Vector, support: np.typing.NDArray[np.intp], radius: float) -> float:
-    """The larger tau at which tau * p - q, on this support, has the wanted length."""
-    pq = np.linalg.solve(M[np.ix_(support, support)], np.stack([alpha[support], beta[support]], 1))
-    a, b, d = float(alpha[support] @ pq[:, 0]), float(alpha[support] @ pq[:, 1]), float(beta[support] @ pq[:, 1])
+def _exchange(M: Matrix, alpha: Vector, beta: Vector, radius: float) -> Vector | None:
+    """Guess the support, take the tau of the right length, exchange coordinates of the wrong sign; None where that cycles."""
+    free = np.ones(len(alpha), dtype=bool)
+    for _ in range(EXCHANGES):
+        support = np.flatnonzero(free)
+        if not len(support):
+            break
+        tau, on_support = _tau_of_length(M, alpha, beta, support, radius)
+        y = np.zeros(len(alpha))
+        y[support] = on_support
+        slack = M @ y + beta - tau * alpha
+        tolerance = RELATIVE_TOLERANCE * max(float(np.abs(y).max()), float(np.abs(beta).max()))
+        wrong = np.where(free, y < -tolerance, slack < -tolerance)
+        if not wrong.any():
+            # without a real root the length of tau is not the radius on this support
+            return np.maximum(y, 0.0) if abs(float(y @ M @ y) - radius**2) <= 1e-9 * radius**2 else None
+        free ^= wrong
+    return None
+
+
+def _tau_of_length(
+    M: Matrix, alpha: Vector, beta: Vector, support: np.typing.NDArray[np.intp], radius: float
+) -> tuple[float, Vector]:
+    """The larger tau at which y = tau * p - q, on this support, has the wanted length; and that y."""
+    right = np.stack([alpha[support], beta[support]], 1)
+    pq = np.linalg.solve(M[support[:, None], support], right)
+    (a, b), (_, d) = (right.T @ pq).tolist()
     # a tau^2 - 2 b tau + d = radius^2
-    return float(b + np.sqrt(max(b * b - a * (d - radius**2), 0.0))) / a
+    tau = (b + max(b * b - a * (d - radius**2), 0.0) ** 0.5) / a
+    return tau, tau * pq[:, 0] - pq[:, 1]
