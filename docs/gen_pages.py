@@ -96,11 +96,13 @@ def command_page() -> None:
     import typer
 
     from polytask.cli import app
+    from polytask.commands import merge_compare
     from polytask.commands.failures import EXIT_CODES
 
     group = typer.main.get_command(app)
     parts = ["# Command line", "", "```text", "polytask COMMAND --help", "```", ""]
-    for name, command in group.commands.items():  # type: ignore[attr-defined]
+    commands = dict(group.commands)  # type: ignore[attr-defined]
+    for name, command in {**commands, "merge compare": merge_compare.command()}.items():
         parts += [
             f"## polytask {name}",
             "",

@@ -5,12 +5,12 @@ Nothing heavy is imported before a command needs it: ``polytask --help`` loads t
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from polytask import __version__
-from polytask.commands import catalogue, doctor, fit, merge, predict, published, show
+from polytask.commands import catalogue, doctor, fit, merge, merge_compare, predict, published, show
 from polytask.commands.failures import EXIT_CODES, OneSentence
 
 app = typer.Typer(
@@ -39,6 +39,14 @@ def polytask(
     """Several targets, one model: train, balance and judge multi-task learning."""
 
 
+BENEATH: dict[str, Any] = {
+    "merge": {
+        "cls": merge_compare.WithCompare,
+        "epilog": "[bold]polytask merge compare CONFIG.yml --out DIR[/bold] judges ways of merging on your own tasks.",
+    }
+}
+"""Commands that have another one beneath them."""
+
 for panel, commands in {
     "Your table": (fit.demo, fit.fit, predict.predict, show.report, show.explain),
     "Your fine-tuned models": (merge.merge,),
@@ -46,7 +54,8 @@ for panel, commands in {
     "The installation": (doctor.doctor,),
 }.items():
     for command in commands:
-        app.command(rich_help_panel=panel)(command)
+        beneath = BENEATH.get(command.__name__, {})
+        app.command(rich_help_panel=panel, **beneath)(command)
 
 
 def main() -> None:

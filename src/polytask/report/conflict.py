@@ -8,11 +8,11 @@ from typing import Any
 
 from polytask.report.curves import thinned
 from polytask.report.markup import Markup, join, section, tag
-from polytask.report.numbers import MISSING, plain, share, shortened
+from polytask.report.matrix import colour_scale, matrix_map, opacity_of, style_of
+from polytask.report.numbers import MISSING, plain, share
 from polytask.report.reading import Pair, Results, entry, pairs
 
 MOST_EPOCHS, THUMBNAILS, PAIRS_SHOWN = 40, 6, 10
-CELL, LABEL, TOP = 46, 150, 30
 HOW_TO_READ = (
     "A cell below zero (orange) says that a step which helps one task sets the other back; believe it only where the pair conflicts more "
     "often than the null, which is how mini-batches of one and the same task agree: its cosine stands on the dashed diagonal, its "
@@ -55,7 +55,7 @@ def heat_maps(seen: Mapping[str, Any]) -> Markup:
         "figure",
         _slider(len(kept), epochs[kept[-1]]) if several else tag("figcaption", f"Epoch {epochs[kept[-1]]}"),
         tag("div", _large_map(seen["tasks"], frames[-1], limit, epochs[kept[-1]]), class_="scroll", tabindex=0),
-        _scale(limit),
+        colour_scale(limit),
         _thumbnails(frames, [epochs[e] for e in kept], limit) if several else None,
         tag("script", _json(data), type="application/json", class_="frames"),
         class_="heat",
@@ -75,54 +75,16 @@ def _slider(steps: int, last: object) -> Markup:
 
 
 def _large_map(names: Sequence[str], cells: Sequence[Sequence[float | None]], limit: float, epoch: object) -> Markup:
-    K = len(names)
-    width, height = LABEL + K * CELL + 4, TOP + K * CELL + 4
-    labels = [_label(name, i) for i, name in enumerate(names)]
-    drawn = [_map_cell(names, i, j, cells[i][j], limit) for i in range(K) for j in range(K)]
-    described = f"{K} by {K} cosines of task gradients at epoch {epoch}; the same numbers stand in results.json."
-    return tag(
-        "svg",
-        tag("title", "Cosine between task gradients"),
-        tag("desc", described),
-        *labels,
-        *drawn,
-        viewBox=f"0 0 {width} {height}",
-        style=f"max-width:{round(width * 1.15)}px;min-width:{round(width * 0.75)}px",
-        class_="map",
-        role="img",
-    )
-
-
-def _label(name: str, i: int) -> Markup:
-    middle = (i + 0.5) * CELL
-    row = tag(
-        "text",
-        tag("title", name),
-        f"{shortened(name, 17)}  {i + 1}",
-        x=LABEL - 8,
-        y=TOP + middle + 4,
-        text_anchor="end",
-    )
-    return join(row, tag("text", tag("title", name), i + 1, x=LABEL + middle, y=TOP - 10, text_anchor="middle"))
-
-
-def _map_cell(names: Sequence[str], i: int, j: int, cosine: float | None, limit: float) -> Markup:
-    x, y = LABEL + j * CELL, TOP + i * CELL
-    meaning = f"{names[i]} and {names[j]}" if i != j else f"{names[i]} with itself, between mini-batches"
-    shade = {"class_": _style(cosine), "fill_opacity": _opacity(cosine, limit)}
-    return tag(
-        "g",
-        tag("title", meaning),
-        tag("rect", x=x + 1, y=y + 1, width=CELL - 2, height=CELL - 2, rx=4, **shade),
-        tag(
-            "text",
-            "–" if cosine is None else plain(cosine, 2),
-            x=x + CELL / 2,
-            y=y + CELL / 2 + 4,
-            text_anchor="middle",
+    described = f"{len(names)} by {len(names)} cosines of task gradients at epoch {epoch}; the same numbers stand in results.json."
+    return matrix_map(
+        names,
+        cells,
+        limit,
+        title="Cosine between task gradients",
+        described=described,
+        meaning=lambda i, j: (
+            f"{names[i]} and {names[j]}" if i != j else f"{names[i]} with itself, between mini-batches"
         ),
-        data_cell=f"{i},{j}",
-        class_="diagonal" if i == j else None,
     )
 
 
@@ -137,37 +99,8 @@ def _thumbnails(frames: Sequence[Sequence[Sequence[float | None]]], epochs: Sequ
 
 
 def _thumbnail_cell(i: int, j: int, cosine: float | None, limit: float) -> Markup:
-    return tag("rect", x=j, y=i, width=0.94, height=0.94, class_=_style(cosine), fill_opacity=_opacity(cosine, limit))
-
-
-def _style(cosine: float | None) -> str:
-    return "unknown" if cosine is None else "agree" if cosine >= 0 else "oppose"
-
-
-def _opacity(cosine: float | None, limit: float) -> str:
-    return "0.15" if cosine is None else f"{min(1.0, abs(cosine) / limit):.2f}"
-
-
-def _scale(limit: float) -> Markup:
-    steps = [limit * s / 5 for s in range(-5, 6)]
-    shades = [
-        tag("rect", x=n * 20, y=0, width=20, height=12, class_=_style(s), fill_opacity=_opacity(s, limit))
-        for n, s in enumerate(steps)
-    ]
-    marks = (
-        (0, "start", f"{plain(-limit, 2)} opposed"),
-        (110, "middle", "0"),
-        (220, "end", f"aligned {plain(limit, 2, sign=True)}"),
-    )
-    texts = [tag("text", t, x=x, y=28, text_anchor=anchor) for x, anchor, t in marks]
     return tag(
-        "svg",
-        tag("title", "Colour scale of the cosines"),
-        *shades,
-        *texts,
-        viewBox="0 0 220 34",
-        class_="scale",
-        role="img",
+        "rect", x=j, y=i, width=0.94, height=0.94, class_=style_of(cosine), fill_opacity=opacity_of(cosine, limit)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -33,7 +34,15 @@ def write_html(results: Results, path: str | os.PathLike[str]) -> Path:
         StorageError: the file cannot be written; an older report at the path is left as it was.
     """
     target = Path(path)
-    text = page(results, run=target.resolve().parent.name)
+    return put(page(results, run=target.resolve().parent.name), target)
+
+
+def put(text: str, target: Path) -> Path:
+    """Write a page beside its place first, so that there is always a whole one.
+
+    Raises:
+        StorageError: it cannot be written; an older page is left as it was.
+    """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -69,9 +78,14 @@ def page(results: Results, run: str = "RUN") -> str:
         context.replay(results, run),
     )
     source = (results.get("data") or {}).get("source")
-    made = f"Made by polytask {results.get('polytask', '')}. This page is one file and loads nothing."
-    body = tag("body", _header(source), main, tag("footer", made), tag("script", Markup(_own("script.js"))))
-    return f"<!doctype html>\n{tag('html', _head(f'polytask: {source or run}'), body, lang='en')}\n"
+    return document(main, CONTENTS, source, f"polytask: {source or run}", str(results.get("polytask", "")))
+
+
+def document(main: Markup, contents: Sequence[str], source: str | None, title: str, version: str) -> str:
+    """A whole page around its main part: style and script within it, contents that link to its sections."""
+    made = f"Made by polytask {version}. This page is one file and loads nothing."
+    body = tag("body", _header(source, contents), main, tag("footer", made), tag("script", Markup(_own("script.js"))))
+    return f"<!doctype html>\n{tag('html', _head(title), body, lang='en')}\n"
 
 
 def _head(title: str) -> Markup:
@@ -85,7 +99,7 @@ def _head(title: str) -> Markup:
     )
 
 
-def _header(source: str | None) -> Markup:
+def _header(source: str | None, contents: Sequence[str]) -> Markup:
     brand = tag(
         "div",
         tag("b", "polytask"),
@@ -93,7 +107,7 @@ def _header(source: str | None) -> Markup:
         tag("span", source, class_="quiet source") if source else None,
         class_="brand",
     )
-    links = tag("nav", *(tag("a", name.capitalize(), href=f"#{name}") for name in CONTENTS), aria_label="Contents")
+    links = tag("nav", *(tag("a", name.capitalize(), href=f"#{name}") for name in contents), aria_label="Contents")
     return tag("header", brand, links)
 
 

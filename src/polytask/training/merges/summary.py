@@ -1,0 +1,172 @@
+"""From which rows each candidate gets right to what may be said of it: accuracies, their intervals, what is told apart and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+import polytask
+from polytask.metrics.bootstrap import Interval, affordable_replicates, draw_seeds, interval, over_seeds
+from polytask.training.merges.candidates import BASE, BASELINE, EXPERTS, Candidate
+from polytask.training.merges.lineage import MergeTask
+
+if TYPE_CHECKING:
+    from polytask.merging.interference import Interference
+    from polytask.training.merges.compare import Judged
+
+Floats = npt.NDArray[np.float64]
+SCHEMA = 1
+
+
+class Replicates:
+    """Accuracies of all candidates in bootstrap samples of the test rows and the seeds.
+
+    Args:
+        hits: {task: which rows are right, shape (candidates, seeds, rows)}; every sample draws the same rows for all.
+    """
+
+    def __init__(self, hits: Mapping[str, npt.NDArray[np.uint8]]) -> None:
+        first = next(iter(hits.values()))
+        count = affordable_replicates(max(h.shape[2] for h in hits.values()))
+        rng, weights = np.random.default_rng(0), draw_seeds(first.shape[1], count, seed=0)
+        self.plain: dict[str, Floats] = {}
+        self.drawn: dict[str, Floats] = {}
+        for task, h in hits.items():
+            rows = h.shape[2]
+            times = rng.multinomial(rows, np.full(rows, 1 / rows), size=count).astype(np.float32)
+            by_seed = np.einsum("bn,csn->sbc", times, h.astype(np.float32), optimize=True) / rows
+            self.plain[task] = h.mean((1, 2))
+            self.drawn[task] = over_seeds(by_seed.astype(np.float64), weights)
+
+    def accuracy(self, task: str, i: int) -> Interval:
+        """Of candidate i on a task."""
+        return interval(float(self.plain[task][i]), self.drawn[task][:, i])
+
+    def mean(self, i: int) -> Interval:
+        """Mean accuracy of candidate i over the tasks."""
+        return interval(
+            fmean(float(p[i]) for p in self.plain.values()), np.mean([d[:, i] for d in self.drawn.values()], 0)
+        )
+
+    def normalised(self, i: int, expert: int) -> tuple[float, Floats]:
+        """Mean over the tasks of candidate i's accuracy relative to the experts': the value, and a sample each, shape (samples,)."""
+        plain = fmean(float(p[i] / p[expert]) for p in self.plain.values())
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return plain, np.mean([d[:, i] / d[:, expert] for d in self.drawn.values()], 0)
+
+    def difference(self, i: int, j: int, expert: int) -> Interval:
+        """Of the normalised accuracies of candidates i and j, on the same samples."""
+        (a, drawn_a), (b, drawn_b) = self.normalised(i, expert), self.normalised(j, expert)
+        return interval(a - b, drawn_a - drawn_b)
+
+
+def summary(
+    tasks: Sequence[MergeTask],
+    candidates: Sequence[Candidate],
+    judged: Mapping[str, Sequence[Judged]],
+    found: Sequence[Interference],
+    budget: Mapping[str, Any],
+    left_out: Mapping[str, str],
+) -> dict[str, Any]:
+    """The results of a comparison, JSON-ready: what ``results.json`` holds."""
+    names = [c.name for c in candidates]
+    hits = {t.name: np.stack([np.stack([j.test[t.name] for j in judged[n]]) for n in names]) for t in tasks}
+    drawn = Replicates(hits)
+    expert, baseline = names.index(EXPERTS), names.index(BASELINE)
+    rows = []
+    for i, c in enumerate(candidates):
+        records = [j.record for j in judged[c.name]]
+        rows.append(
+            {
+                "name": c.name,
+                "label": c.label or c.name,
+                "role": c.role,
+                "accuracy": {t.name: drawn.accuracy(t.name, i).to_json() for t in tasks},
+                "mean_accuracy": drawn.mean(i).to_json(),
+                "normalised": interval(*drawn.normalised(i, expert)).to_json(),
+                "difference": drawn.difference(i, baseline, expert).to_json(),
+                "validation_score": fmean(r["score"] for r in records),
+                "chosen": [r["options"] for r in records],
+                "trials": max(len(r["tried"]) for r in records),
+                "tried": [r["tried"] for r in records],
+                **_cost(records),
+            }
+        )
+    return {
+        "polytask": polytask.__version__,
+        "kind": "merge comparison",
+        "schema": SCHEMA,
+        "budget": dict(budget),
+        "tasks": [{"name": t.name, "validation": len(t.validation), "test": len(t.test)} for t in tasks],
+        "candidates": rows,
+        "left_out": [{"name": n, "reason": why} for n, why in left_out.items()],
+        "verdict": _verdict(rows, drawn, names),
+        "interference": _interference(found),
+    }
+
+
+def _cost(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    peaks = [r["peak_bytes"] for r in records]
+    return {
+        "seconds": fmean(r["seconds"] for r in records),
+        "statistic_seconds": fmean(r["statistic_seconds"] for r in records),
+        "search_seconds": fmean(sum(t["seconds"] for t in r["tried"]) for r in records),
+        "peak_bytes": None if None in peaks else max(peaks),
+    }
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], drawn: Replicates, names: Sequence[str]) -> dict[str, Any]:
+    """The method that validation chose, how it does on test rows, and which methods cannot be told from it there."""
+    expert, baseline = names.index(EXPERTS), names.index(BASELINE)
+    methods = [i for i, row in enumerate(rows) if row["role"] != "reference"]
+    chosen = max(methods, key=lambda i: rows[i]["validation_score"])
+    behind = {names[i]: drawn.difference(chosen, i, expert) for i in methods if i != chosen}
+    alike = [n for n, d in behind.items() if not d.excludes_zero]
+    ahead = [n for n, d in behind.items() if d.high < 0]
+    over = drawn.difference(chosen, baseline, expert)
+    return {
+        "method": names[chosen],
+        "over_baseline": over.to_json(),
+        "over_base": drawn.difference(chosen, names.index(BASE), expert).to_json(),
+        "alike": alike,
+        "ahead": ahead,
+        "text": _sentence(rows[chosen], over, chosen == baseline, alike, ahead),
+    }
+
+
+def _sentence(
+    row: Mapping[str, Any], over: Interval, is_baseline: bool, alike: Sequence[str], ahead: Sequence[str]
+) -> str:
+    kept = (
+        f"{row['label']}, chosen on validation, keeps {100 * row['normalised']['mean']:.1f} % of the experts' accuracy"
+    )
+    if not is_baseline:
+        points = f"{100 * over.mean:+.1f} points [{100 * over.low:+.1f}, {100 * over.high:+.1f}]"
+        word = ("more" if over.mean > 0 else "less") if over.excludes_zero else "not clearly other"
+        kept += f", {word} than tuned task arithmetic ({points})"
+    said = [kept + "."]
+    if ahead:
+        said.append(f"On test rows {', '.join(ahead)} did better.")
+    if alike:
+        said.append(f"Not told apart from it: {', '.join(alike)}.")
+    return " ".join(said)
+
+
+def _interference(found: Sequence[Interference]) -> dict[str, Any]:
+    """Means over the seeds."""
+
+    def mean(tensors: Sequence[Any]) -> Any:
+        return np.mean([t.numpy() for t in tensors], 0).round(6).tolist()
+
+    return {
+        "tasks": list(found[0].names),
+        "norm": mean([f.norm for f in found]),
+        "cosine": mean([f.cosine for f in found]),
+        "opposed": mean([f.opposed for f in found]),
+        "overlap": mean([f.overlap for f in found]),
+        "chance": fmean(f.chance for f in found),
+    }
