@@ -1,0 +1,210 @@
+"""One task vector for all experts and a bit an entry for each: models that are unpacked task by task.
+
+A merged model serves all tasks at once and pays for it; an expert each costs T models. Between them lies a single task vector of which
+every expert switches on its own entries: T bits a parameter beside two models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from polytask.errors import InputError, StorageError
+from polytask.merging.checkpoint import open_checkpoint
+from polytask.merging.engine import check_finite
+from polytask.merging.in_memory import State, specs
+from polytask.merging.matching import compute_dtype, match
+from polytask.registry import find
+
+if TYPE_CHECKING:
+    from polytask.registry import Method
+
+FILES = ("model.safetensors", "unified.safetensors", "masks.safetensors")
+ABOUT = "masks.json"
+FORMAT = 1
+
+
+class Masking(ABC):
+    """A rule that makes one task vector of several, and says which of its entries each expert uses.
+
+    Attributes:
+        rescaled: whether an expert's part is stretched to the mean magnitude of its own task vector.
+    """
+
+    method: ClassVar[Method]
+    needs: ClassVar[str] = "base"
+    rescaled: ClassVar[bool]
+
+    @abstractmethod
+    def unify(self, D: Float[Tensor, "experts ..."]) -> tuple[Float[Tensor, "..."], Bool[Tensor, "experts ..."]]:
+        """The common task vector and each expert's mask, of one tensor; D may not be changed."""
+
+
+@dataclass
+class MaskedExperts:
+    """Experts packed together; :meth:`expert` unpacks one.
+
+    Attributes:
+        base: the state that they were fine-tuned from.
+        unified: the common task vector, by tensor.
+        masks: for each expert, its bits of each tensor, eight to a byte.
+        factors: for each expert, what its part of the common task vector is multiplied by.
+        kept: for each expert, the tensors that were not packed, such as its head.
+    """
+
+    base: dict[str, Tensor]
+    unified: dict[str, Tensor]
+    masks: dict[str, dict[str, Tensor]]
+    factors: dict[str, float]
+    kept: dict[str, dict[str, Tensor]]
+
+    def expert(self, name: str) -> dict[str, Tensor]:
+        r"""The state dict of one expert: :math:`W_0 + \lambda_t\, m_t \odot \tau`.
+
+        Raises:
+            InputError: there is no expert of that name.
+        """
+        if name not in self.masks:
+            raise InputError(f"there is no expert {name!r} here; there are {', '.join(self.masks)}")
+        state = {n: v.clone() for n, v in self.base.items()}
+        for n, tau in self.unified.items():
+            part = tau * _unpacked(self.masks[name][n], tau.shape)
+            state[n] = (state[n].to(tau.dtype) + self.factors[name] * part).to(state[n].dtype)
+        return state | {n: v.clone() for n, v in self.kept[name].items()}
+
+    @property
+    def bytes(self) -> int:
+        """What all of it takes in memory, and about on disk."""
+        groups = [self.base, self.unified, *self.masks.values(), *self.kept.values()]
+        return sum(v.numel() * v.element_size() for group in groups for v in group.values())
+
+    def save(self, folder: Path) -> None:
+        """Write one folder of safetensors and JSON.
+
+        Raises:
+            InputError: the folder exists already.
+            StorageError: it cannot be written.
+        """
+        if folder.exists():
+            raise InputError(f"{folder} exists already: name another folder")
+        names = list(self.masks)
+        packed = {f"{i}/{n}": v for i, e in enumerate(names) for n, v in self.masks[e].items()}
+        packed |= {f"{i}/kept/{n}": v for i, e in enumerate(names) for n, v in self.kept[e].items()}
+        work = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            work.mkdir(parents=True)
+            for file, tensors in zip(FILES, (self.base, self.unified, packed), strict=True):
+                save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, work / file)
+            about = {"format": FORMAT, "experts": names, "factors": [self.factors[e] for e in names]}
+            (work / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            os.replace(work, folder)
+        except OSError as error:
+            raise StorageError(f"{folder} cannot be written: {(error.strerror or 'unknown reason').lower()}") from None
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path) -> MaskedExperts:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            InputError: a folder of something else.
+            StorageError: a file is missing or cut short.
+        """
+        try:
+            about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            names, factors = list(about["experts"]), [float(f) for f in about["factors"]]
+            known = about["format"] == FORMAT and len(names) == len(factors)
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise InputError(f"{folder} holds no experts packed with masks in the format {FORMAT}")
+        checkpoints = [open_checkpoint(folder / f) for f in FILES]
+        base, unified, packed = ({n: c.read(n) for n in c.specs} for c in checkpoints)
+        masks: dict[str, dict[str, Tensor]] = {e: {} for e in names}
+        kept: dict[str, dict[str, Tensor]] = {e: {} for e in names}
+        for key, value in packed.items():
+            position, _, n = key.partition("/")
+            apart = n.startswith("kept/")
+            (kept if apart else masks)[names[int(position)]][n.removeprefix("kept/") if apart else n] = value
+        return cls(base, unified, masks, dict(zip(names, factors, strict=True)), kept)
+
+
+@torch.no_grad()
+def pack(
+    base: State,
+    experts: Mapping[str, State] | Sequence[State],
+    method: str = "emr",
+    *,
+    skip: Sequence[str] = (),
+    **options: Any,
+) -> MaskedExperts:
+    """Pack fine-tuned models of one base into one task vector and a mask each.
+
+    Args:
+        base: the state dict that the experts were fine-tuned from.
+        experts: their state dicts, by name or in a sequence.
+        method: see ``polytask methods --family masking``.
+        skip: patterns of tensors that stay as each expert has them, such as ``"head.*"``.
+        options: the method's own.
+
+    Raises:
+        InputError: models that do not fit together, NaN in a tensor, an unknown method or option.
+
+    Cost: a few passes over the task vectors; memory for the result and one tensor's task vectors.
+    """
+    named = dict(experts) if isinstance(experts, Mapping) else {f"expert {i}": s for i, s in enumerate(experts, 1)}
+    if not named:
+        raise InputError("there is nothing to pack: no expert was given")
+    entry = find(method, family="masking")
+    unknown = [o for o in options if o not in entry.options]
+    if unknown:
+        raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
+    masking: Masking = entry.factory(**options)
+    models = [("the base", base), *named.items()]
+    found = match([(label, specs(s, label)) for label, s in models], skip)
+    unified: dict[str, Tensor] = {}
+    masks: dict[str, dict[str, Tensor]] = {e: {} for e in named}
+    own, part = torch.zeros(len(named), dtype=torch.float64), torch.zeros(len(named), dtype=torch.float64)
+    for n in found.merged:
+        for label, s in models:
+            check_finite(s[n], n, label)
+        to = compute_dtype(s[n].dtype for _, s in models)
+        W0 = base[n].detach().to("cpu", to)
+        D = torch.stack([s[n].detach().to("cpu", to) - W0 for s in named.values()])
+        unified[n], chosen = masking.unify(D)
+        own += D.abs().reshape(len(D), -1).sum(1, dtype=torch.float64)
+        part += (chosen * unified[n].abs()).reshape(len(D), -1).sum(1, dtype=torch.float64)
+        for e, mask in zip(named, chosen, strict=True):
+            masks[e][n] = _packed(mask)
+    factors = torch.where(part > 0, own / part, 1.0) if masking.rescaled else torch.ones_like(own)
+    kept = {e: {n: v.detach().clone() for n, v in s.items() if n not in set(found.merged)} for e, s in named.items()}
+    return MaskedExperts(
+        {n: v.detach().clone() for n, v in base.items()},
+        unified,
+        masks,
+        dict(zip(named, factors.tolist(), strict=True)),
+        kept,
+    )
+
+
+def _packed(mask: Bool[Tensor, "..."]) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.reshape(-1).numpy()))
+
+
+def _unpacked(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=count).astype(bool)).view(tuple(shape))
