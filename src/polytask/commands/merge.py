@@ -11,6 +11,7 @@ from polytask.commands.console import AsJson, err, out, print_json, table
 from polytask.commands.failures import Interrupted
 
 if TYPE_CHECKING:
+    from polytask.merging.esm_pp import ESMPP
     from polytask.merging.on_disk import MergePlan
     from polytask.merging.proxy import Proxy
 
@@ -100,6 +101,7 @@ def merge(
         if len(paths) < 2:
             raise InputError("name the base and at least one fine-tuned model, or a configuration file")
         options = dict(_setting(s) for s in settings or ())
+        method, routing = _routing(method, options)
         base, experts = (None, paths) if no_base else (paths[0], paths[1:])
         plan = MergePlan(
             experts,
@@ -111,6 +113,7 @@ def merge(
             dtype,
             seed,
             proxy=inputs,
+            routing=routing,
         )
     if not dry_run and folder is None:
         raise InputError("say where the merged model goes with --out DIR, or only plan it with --dry-run")
@@ -121,7 +124,22 @@ def merge(
     if as_json:
         print_json({**described(plan), "folder": str(folder)})
     else:
-        out().print(f"{plan.method} of {len(plan.experts)} models: {folder}", markup=False, soft_wrap=True)
+        more = " with routed experts" if plan.routing is not None else ""
+        out().print(f"{plan.method} of {len(plan.experts)} models{more}: {folder}", markup=False, soft_wrap=True)
+
+
+def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
+    """The merger of a method, and what adds experts to its result where the method does; that takes its options out."""
+    from polytask.registry import find, methods, spelling
+
+    method = method.replace("++", "_pp")
+    routing = {spelling(label): m for m in methods("routing") for label in (m.name, *m.aliases)}
+    if spelling(method) not in routing:
+        return find(method, family="merging").name, None
+    found = routing[spelling(method)]
+    own = {name: options.pop(name) for name in list(options) if name in found.options}
+    made: ESMPP = found.factory(**own)
+    return made.static, made
 
 
 def _proxy(data: Path | None, model: str | None) -> Proxy | None:

@@ -22,9 +22,11 @@ from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
 from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
+from polytask.merging.esm_pp import ESMPP
 from polytask.merging.in_memory import make, make_filter
 from polytask.merging.matching import Match, Spec, compute_dtype, dtype_name, dtype_of, match
 from polytask.merging.proxy import Proxy
+from polytask.merging.routed_on_disk import add_routed_experts
 from polytask.merging.safetensors_file import Writer, index_of, shards
 from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
 
@@ -64,6 +66,7 @@ class MergePlan:
         tokenizer: the model whose tokenizer files are copied; the base when omitted.
         shard_size: bytes a file of the result holds at most.
         proxy: what statistics are gathered from, for methods that need them.
+        routing: what adds low-rank experts to the merged model; the result is then a folder for ``load_routed``.
 
     Raises:
         InputError: models that do not fit together; an unknown method or option.
@@ -81,6 +84,7 @@ class MergePlan:
     tokenizer: Path | None = None
     shard_size: int = SHARD_SIZE
     proxy: Proxy | None = None
+    routing: ESMPP | None = None
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -198,6 +202,9 @@ class MergePlan:
             "seed": self.seed,
             "shard_size": self.shard_size,
             "proxy": None if self.proxy is None else {"data": str(self.proxy.data), "model": self.proxy.model},
+            "routing": None
+            if self.routing is None
+            else {"rank": self.routing.rank, "layers": list(self.routing.layers)},
             "sources": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
         }
 
@@ -235,11 +242,14 @@ def write(
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
     finished = _finished(work, digest)
     try:
-        if len(finished) < len(plan.files):
+        if len(finished) < len(plan.files) or plan.routing is not None:
             _prepare(plan, work, told or (lambda _: None))
         _write_shards(plan, work, digest, finished, progress)
         if len(plan.files) > 1:
             (work / INDEX).write_text(index_of(plan.files, plan.bytes), encoding="utf-8")
+        if plan.routing is not None:
+            (told or (lambda _: None))("adding experts")
+            add_routed_experts(plan, work, work / JOURNAL)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         _copy_companions(plan, work)
     except Exception:
@@ -247,7 +257,7 @@ def write(
         raise
     for passing in (STATISTICS, KEPT):
         shutil.rmtree(work / passing, ignore_errors=True)
-    (work / JOURNAL).unlink()
+    (work / JOURNAL).unlink(missing_ok=True)
     _put(work, folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -59,7 +60,7 @@ class Proxy:
             return self.data
         found = sorted(f for f in self.data.iterdir() if f.suffix in (*ARRAYS, *TABLES))
         named = {f.stem: f for f in found}
-        names = [e.resolve().stem if e.suffix else e.resolve().name for e in experts]
+        names = [expert_name(e) for e in experts]
         if names[t] in named:
             return named[names[t]]
         if len(found) != len(experts) or any(n in named for n in names):
@@ -88,10 +89,12 @@ class Proxy:
             raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
         model = self.build(expert, base)
         try:
-            return GATHER[statistic](model, batches)
+            found = GATHER[statistic](model, batches)
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
+        names = stored_names(model, expert)
+        return {names[n]: S for n, S in found.items() if n in names}
 
     def build(self, expert: Checkpoint, base: Path | None = None) -> nn.Module:
         """The model of a checkpoint, with its weights.
@@ -107,6 +110,11 @@ class Proxy:
         if folder != expert.path:
             _load(model, expert, f"the model of {folder}", whole=False)
         return model
+
+
+def expert_name(path: Path) -> str:
+    """What an expert is called: its folder, or its file without the ending."""
+    return path.resolve().stem if path.is_file() else path.resolve().name
 
 
 def _configured(expert: Path, base: Path | None) -> Path:
@@ -125,6 +133,30 @@ def _manufactured(name: str, checkpoint: Checkpoint) -> nn.Module:
         raise InputError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")
     _load(made, checkpoint, f"the model that {name} gives", whole=True)
     return made
+
+
+def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """What the file calls the tensors of a model that was loaded from it.
+
+    Newer releases of transformers rename tensors as they load; a tensor is then known by its values.
+
+    Returns:
+        {name in the model: name in the file}, without tensors that were put together or are no different from others.
+    """
+    state = model.state_dict()
+    names = {n: n for n in state if n in checkpoint.specs}
+    renamed = {_values(t): n for n, t in state.items() if n not in names}
+    if renamed:
+        for n, spec in checkpoint.specs.items():
+            found = renamed.get(_values(checkpoint.read(n, torch.float32))) if n not in names and spec.shape else None
+            if found is not None:
+                names[found] = n
+    return names
+
+
+def _values(tensor: Tensor) -> bytes:
+    text = f"{tuple(tensor.shape)}".encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
+    return hashlib.sha256(text).digest()
 
 
 @torch.no_grad()
@@ -160,10 +192,16 @@ def _pretrained(folder: Path) -> nn.Module:
         raise InputError(
             f"{config} names the architecture {names[0]!r}, which transformers has not: name a factory with --model"
         )
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model: nn.Module = architecture.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"transformers cannot load {folder}: {str(error).partition(chr(10))[0]}") from None
+    finally:
+        if shown:
+            bars.enable_progress_bar()
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from polytask.merging.checkpoint import Checkpoint
 from polytask.merging.matching import Spec
 from polytask.merging.safetensors_file import Stored, Writer, read_header, read_into
 
@@ -31,6 +32,43 @@ class StoredTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.header)
+
+
+class CheckpointTensors(Mapping[str, Tensor]):
+    """The tensors of a model on disk, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.checkpoint.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.checkpoint.specs)
+
+    def __len__(self) -> int:
+        return len(self.checkpoint.specs)
+
+
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under other names.
+
+    Args:
+        tensors: what is there.
+        names: {name here: name there}.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+        self.tensors, self.names = tensors, {n: old for n, old in names.items() if old in tensors}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class TensorFolder(MutableMapping[str, Tensor]):

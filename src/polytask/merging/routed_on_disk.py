@@ -1,0 +1,49 @@
+"""A merge on disk that ends in a model with experts: their files beside the merged weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from polytask.merging.checkpoint import INDEX, open_checkpoint
+from polytask.merging.proxy import expert_name, stored_names
+from polytask.merging.routed_model import save_routed
+from polytask.merging.stored import CheckpointTensors, Renamed
+
+if TYPE_CHECKING:
+    from polytask.merging.on_disk import MergePlan
+
+
+@torch.no_grad()
+def add_routed_experts(plan: MergePlan, work: Path, journal: Path) -> None:
+    """Put experts beside the merged weights of a work folder, which becomes one that ``load_routed`` reads.
+
+    Args:
+        plan: with statistics gathered.
+        work: holds the merged weights.
+        journal: is removed when they go, since none of it can be gone on with.
+
+    Raises:
+        InputError: the model cannot be built, or takes no experts.
+    """
+    assert plan.routing is not None
+    assert plan.proxy is not None
+    merged = open_checkpoint(work / next(iter(plan.files)) if len(plan.files) == 1 else work)
+    model = plan.proxy.build(plan.models[-1], plan.base)
+    names = stored_names(model, plan.models[-1])
+    for name, tensor in model.state_dict().items():
+        if name in names:
+            tensor.copy_(merged.read(names[name]))
+    experts = {expert_name(e.path): Renamed(CheckpointTensors(e), names) for e in plan.models[-len(plan.experts) :]}
+    plan.routing.route(model, experts, [Renamed(s, names) for s in plan.engine.statistics])
+    shutil.rmtree(work / "routed", ignore_errors=True)
+    save_routed(model, work / "routed")
+    journal.unlink()
+    for name in (*plan.files, INDEX):
+        (work / name).unlink(missing_ok=True)
+    for file in sorted((work / "routed").iterdir()):
+        file.rename(work / file.name)
+    shutil.rmtree(work / "routed")
