@@ -309,3 +309,48 @@ def test_rlw_distributions():
     assert w.var(0).tolist() == pytest.approx([1 / 18] * 3, rel=0.1)  # that of Dirichlet(1, 1, 1)
     with pytest.raises(InputError, match="'normal' or 'dirichlet'"):
         make("rlw", distribution="cauchy")
+
+
+class TestLDCMTL:
+    def test_starts_from_equal_weights_of_losses_measured_by_the_first(self):
+        assert weights(make("ldc_mtl")) == pytest.approx((1 / (3 * L)).tolist())
+
+    @pytest.mark.parametrize("scaled", [True, False])
+    def test_weights_and_router_are_derivatives_of_one_objective(self, scaled):
+        W = torch.zeros(3, requires_grad=True)
+        optimizer = torch.optim.Adam([W], lr=0.01)
+        b = make("ldc_mtl", lam=0.3, scaled=scaled, lr=0.01)
+        for step in range(12):
+            losses = (L * (1 - 0.05 * step * torch.tensor([1.0, 0.3, 0.7]))).requires_grad_()
+            sigma, values = torch.softmax(W.double(), 0), losses / L
+            tau = sigma if scaled else torch.ones_like(sigma)
+            objective = sigma @ values + 0.3 * torch.diff(tau * values).abs().sum()
+            optimizer.zero_grad()
+            (slope,) = torch.autograd.grad(objective, losses, retain_graph=True)
+            objective.backward(inputs=[W])
+            assert weights(b, losses.detach()) == pytest.approx(slope.tolist(), rel=1e-5)
+            optimizer.step()
+
+    def test_only_gaps_count_for_a_high_price(self):
+        b = make("ldc_mtl", lam=1e6, scaled=False)
+        weights(b)
+        w = torch.tensor(weights(b, L * torch.tensor([1.0, 0.5, 0.2]))) * L
+        assert (w / w[0]).tolist() == pytest.approx([1, 0, -1], abs=1e-5)
+
+
+class TestInverse:
+    def test_formula(self):
+        z = torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+        assert weights(make("inverse", nadir=z.tolist())) == pytest.approx((1 / (z - L)).tolist())
+
+    def test_measures_by_the_first_losses(self):
+        b = make("inverse")
+        assert weights(b) == pytest.approx((1 / L).tolist())
+        assert weights(b, 0.5 * L) == pytest.approx((1 / (1.5 * L)).tolist())
+
+    def test_beyond_the_nadir_the_pull_is_bounded(self):
+        assert weights(make("inverse", nadir=1.0)) == pytest.approx([2.0, 1000.0, 1000.0])
+
+    def test_one_nadir_a_task(self):
+        with pytest.raises(InputError, match="inverse has 2 nadirs for 3 tasks"):
+            make("inverse", nadir=[1.0, 2.0]).bind(["a", "b", "c"])
