@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vector
+from polytask.balancing.main_task import check_main, main_position
 from polytask.errors import InputError
 from polytask.registry import register
 
@@ -50,20 +51,18 @@ class MetaBalance(GramianWeighting):
         self.main, self.relax, self.beta = main, relax, beta
 
     def bind(self, tasks: Sequence[str]) -> None:
-        if self.tasks is None and self.main not in tasks and self.main not in range(len(tasks)):
-            raise InputError(f"the main task {self.main!r} of metabalance is none of {', '.join(tasks)}")
+        check_main(self, self.main, tasks)
         super().bind(tasks)
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
         return {"lengths": np.full(n_tasks, np.nan)}
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        assert self.tasks is not None
         n = np.sqrt(self.mean_square * np.diag(C))
         m = self.state["lengths"]
         old = m[self.active]
         m[self.active] = np.where(np.isnan(old), n, self.beta * old + (1 - self.beta) * n)
-        main = m[self.main if isinstance(self.main, int) else self.tasks.index(self.main)]
+        main = m[main_position(self, self.main)]
         if np.isnan(main):  # the main task was never seen: nothing to be measured by
             return self.p
         return np.asarray(self.p * (self.relax * main / m[self.active] + 1 - self.relax))

@@ -9,6 +9,7 @@ from typing import Any, Unpack
 import numpy as np
 
 from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vector
+from polytask.balancing.main_task import check_main, main_position
 from polytask.errors import InputError
 from polytask.linalg import definite, nonnegative_qp
 from polytask.registry import register
@@ -62,8 +63,7 @@ class PCD(GramianWeighting):
         self.main, self.tau, self.beta = main, tau, beta
 
     def bind(self, tasks: Sequence[str]) -> None:
-        if self.tasks is None and self.main not in tasks and self.main not in range(len(tasks)):
-            raise InputError(f"the main task {self.main!r} of pcd is none of {', '.join(tasks)}")
+        check_main(self, self.main, tasks)
         super().bind(tasks)
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
@@ -78,9 +78,8 @@ class PCD(GramianWeighting):
         return np.asarray(1 / np.sqrt(corrected))
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
-        assert self.tasks is not None
         s = self._normalizers(C)
-        position = self.main if isinstance(self.main, int) else self.tasks.index(self.main)
+        position = main_position(self, self.main)
         if position not in self.active:
             return np.ones(len(C))
         first = int(np.flatnonzero(self.active == position)[0])
