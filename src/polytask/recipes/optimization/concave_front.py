@@ -20,20 +20,20 @@ NEAR = 0.1  # of an end of the front
     "concave-front",
     domain="optimization",
     paper="arXiv:2501.10945",
-    claim="On a concave front linear scalarization ends at the end points whatever the weights, while smooth Tchebycheff scalarization "
-    "lands on the asked rays and covers the front. EPO and FERERO, of which the survey says the same, are not in this library and not "
-    "tried.",
+    claim="On a concave front linear scalarization ends at the end points whatever the weights, while smooth Tchebycheff scalarization, "
+    "EPO search and FERERO land on the asked rays and cover the front.",
     reference="The specification's run (its figures): linear scalarization puts 100 % of the solutions within 0.1 of an end, angle 68 "
     "degrees, hypervolume .042; STCH 2.0 degrees, EPO 0.3, FERERO 0.0, their hypervolumes .29.",
     seeds=3,
-    quick={"steps": 40},
+    quick={"steps": 20},
 )
 class ConcaveFront(Recipe):
     r"""Can a weighted sum reach the middle of a concave front?
 
     :math:`f_{1,2}(x) = 1 - \exp(-\lVert x \mp 1/\sqrt n \rVert^2)`, n = 20, nine rays (a, 1 - a), a start drawn uniformly from
     :math:`[-0.3, 0.3]^n` for each, plain gradient descent. A solution on ray p has losses parallel to p, so the Tchebycheff arms weigh
-    with 1 / p; the sums weigh with p. There is nothing to be tuned beyond the nine weights that every arm has.
+    with 1 / p; the sums weigh with p. EPO, FERERO, WC-MGDA and Pareto MTL are given p itself, and the last one the other eight rays too,
+    with a fifth of the steps for its first stage. There is nothing to be tuned beyond the nine weights that every arm has.
 
     Args:
         steps: of gradient descent.
@@ -49,7 +49,11 @@ class ConcaveFront(Recipe):
         Arm("ls", "linear scalarization"),
         Arm("mgda", "MGDA, weights as preference"),
         Arm("tch", "Tchebycheff"),
+        Arm("pmtl", "Pareto MTL"),
+        Arm("wc_mgda", "WC-MGDA"),
         Arm("stch", "smooth Tchebycheff", "method"),
+        Arm("epo", "EPO search", "method"),
+        Arm("ferero", "FERERO", "method"),
     )
     measures: ClassVar = (
         Measure("angle", "mean angle between the losses and the asked ray, in degrees"),
@@ -71,23 +75,27 @@ class ConcaveFront(Recipe):
         return Trial(values, curves={"first": found[:, 0].tolist(), "second": found[:, 1].tolist()})
 
     def judge(self, results: Results) -> Sequence[Check]:
-        at_ends, angle = results.mean("ls", "at_ends"), results.mean("stch", "angle")
-        ours, theirs = results.mean("stch", "hypervolume"), results.mean("ls", "hypervolume")
-        return [
-            Check(f"linear scalarization puts {at_ends:.0%} of the solutions at an end (80 % asked)", at_ends >= 0.8),
-            Check(f"STCH is {angle:.1f} degrees from the asked rays (less than 3 asked)", angle < 3),
-            Check(
-                f"hypervolume {ours:.3f} of STCH against {theirs:.3f} of linear scalarization (0.15 more asked)",
-                ours > theirs + 0.15,
-            ),
+        at_ends, theirs = results.mean("ls", "at_ends"), results.mean("ls", "hypervolume")
+        checks = [
+            Check(f"linear scalarization puts {at_ends:.0%} of the solutions at an end (80 % asked)", at_ends >= 0.8)
         ]
+        for arm in (arm for arm in self.arms if arm.role == "method"):
+            angle, ours = results.mean(arm.name, "angle"), results.mean(arm.name, "hypervolume")
+            checks += [
+                Check(f"{arm.label} is {angle:.1f} degrees from the asked rays (less than 3 asked)", angle < 3),
+                Check(
+                    f"hypervolume {ours:.3f} of {arm.label} against {theirs:.3f} of linear scalarization (0.15 more asked)",
+                    ours > theirs + 0.15,
+                ),
+            ]
+        return checks
 
     def figures(self, results: Results) -> Mapping[str, str]:
         return {"measures.svg": dots(results, self.arms, "A concave front")}
 
     def _descend(self, arm: str, a: float, start: Tensor) -> Tensor:
         """The losses where the descent for the ray (a, 1 - a) ends."""
-        balancer, unit = _balancer(arm, a, self.mu)
+        balancer, unit = _balancer(arm, a, self.mu, self.steps // 5)
         x = start.clone().requires_grad_()
         for _ in range(self.steps):
             x.grad = None
@@ -98,17 +106,21 @@ class ConcaveFront(Recipe):
         return objectives(x.detach())
 
 
-def _balancer(arm: str, a: float, mu: float) -> tuple[Balancer, float]:
+def _balancer(arm: str, a: float, mu: float, warmup: int) -> tuple[Balancer, float]:
     """The method for a ray, and what its gradient is multiplied by: the library scales weights to the sum 2, the experiment does not."""
     ray, inverse = [a, 1 - a], [1 / a, 1 / (1 - a)]
-    if (
-        arm == "stch"
-    ):  # 2 m log sum exp(p f / m) with p = 2 w / sum w is mu log sum exp(w f / mu) times 4 / sum w where m = 2 mu / sum w
-        total = sum(inverse)
-        return make("stch", warmup=None, mu=2 * mu / total, preference=inverse), total / 4
-    if arm == "tch":
-        return make("tchebycheff", modified=True, preference=ray), 2.0
-    return make("equal" if arm == "ls" else "mgda", preference=ray), 0.5 if arm == "ls" else 1.0
+    match arm:
+        case "ls":
+            return make("equal", preference=ray), 0.5
+        case "tch":
+            return make("tchebycheff", modified=True, preference=ray), 2.0
+        case "stch":  # 2 m log sum exp(p f / m), p = 2 w / sum w, is mu log sum exp(w f / mu) times 4 / sum w where m = 2 mu / sum w
+            total = sum(inverse)
+            return make("stch", warmup=None, mu=2 * mu / total, preference=inverse), total / 4
+        case "pmtl":
+            others = [[b, 1 - b] for b in RAYS if b != a]
+            return make("pmtl", others=others, warmup=warmup, preference=ray), 1.0
+    return make(arm, preference=ray), 1.0
 
 
 def objectives(x: Tensor) -> Tensor:
