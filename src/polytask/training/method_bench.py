@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 RUNNABLE = ("losses", "gramian", "jacobian", "second evaluation")
 IMAGE_FRACTIONS = (0.5, 0.2, 0.3)
 TABLE_TRAINING = {"epochs": 25, "patience": 5}
-IMAGE_TRAINING = {"epochs": 10, "patience": None, "batch_size": 128, "learning_rate": 2e-3}
+IMAGE_TRAINING = {"epochs": 8, "patience": None, "batch_size": 128, "learning_rate": 6e-3}
 Progress = Callable[[StudyProgress], None] | None
 
 
