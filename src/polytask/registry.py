@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from polytask.errors import InputError
 
 ENTRY_POINT_GROUP = "polytask.methods"
-FAMILY_PACKAGES = ("polytask.balancing", "polytask.merging", "polytask.optim")
+FAMILY_PACKAGES = ("polytask.balancing", "polytask.merging", "polytask.models", "polytask.optim")
 
 C = TypeVar("C", bound=type)
 
