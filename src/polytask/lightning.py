@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polytask.balancing import Balancer, LossWeighting, Observation, backward, make
+from polytask.balancing import Balancer, LossWeighting, Observation, backward, backward_batches, make
 from polytask.balancing.engine import Features, Level
+from polytask.balancing.looks import looks_again
 from polytask.errors import InputError, MissingExtraError
 from polytask.models import MultiTaskModel
 from polytask.tasks import Tasks
 from polytask.training.checkpoint import put_together, take_apart
+from polytask.training.several_looks import cut
 
 try:
     from lightning import pytorch as pl
@@ -79,6 +81,9 @@ class MultiTaskModule(pl.LightningModule):
         self.balancer.begin_epoch()
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        if looks_again(self.balancer):
+            self._step_by_looks(batch)
+            return
         inputs, targets = batch
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
@@ -96,6 +101,31 @@ class MultiTaskModule(pl.LightningModule):
             with torch.no_grad(), torch.random.fork_rng():
                 torch.set_rng_state(generator)  # the same dropout masks
                 self.balancer.after_step(self.losses(inputs, targets, idle=counts is not None), counts)
+        self._log_step(losses, observation)
+
+    def _step_by_looks(self, batch: Batch) -> None:
+        """A method that looks at several batches gets parts of this one, none where it is too small for that."""
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        parts = cut(batch, len(self.balancer.roles))
+        if not parts:
+            return
+        observation = backward_batches(
+            lambda part: self.losses(*part),
+            parts,
+            shared=self.model.shared_parameters(),
+            balancer=self.balancer,
+            level=self.level,
+            scaler=getattr(self.trainer.precision_plugin, "scaler", None),
+        )
+        if not observation.tasks:
+            return
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip_norm * self._scale())
+        optimizer.step()
+        self._log_step(dict(zip(observation.tasks, observation.losses.unbind(), strict=True)), observation)
+
+    def _log_step(self, losses: Mapping[str, Tensor], observation: Observation) -> None:
         self.log_dict({f"train/{n}/loss": loss.detach() for n, loss in losses.items()})
         if observation.weights is not None:
             self.log_dict({f"train/{n}/weight": w for n, w in zip(observation.tasks, observation.weights, strict=True)})
@@ -165,7 +195,7 @@ class Balancing(pl.Callback):
         level: ``auto``, ``representation`` or ``exact``.
 
     Raises:
-        InputError: a method that needs a second evaluation, which automatic optimisation has no place for.
+        InputError: a method that looks more than once a step, which automatic optimisation has no place for.
     """
 
     def __init__(
@@ -179,6 +209,11 @@ class Balancing(pl.Callback):
     ) -> None:
         super().__init__()
         self.balancer = make(balancer) if isinstance(balancer, str) else balancer
+        if looks_again(self.balancer):
+            raise InputError(
+                f"{self.balancer.method.name} looks at the model more than once a step, for which automatic optimisation has no place: "
+                "use polytask.lightning.MultiTaskModule, or polytask.backward_batches in a module that optimises by hand"
+            )
         self.losses, self.shared, self.features, self.level = losses, shared, features, level
         self.observation: Observation | None = None
 

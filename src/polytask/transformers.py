@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from polytask.autograd import Shared
 from polytask.balancing import Balancer, Observation, backward, make
 from polytask.balancing.engine import Features, Level
+from polytask.balancing.looks import looks_again
 from polytask.errors import InputError, MissingExtraError
 from polytask.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -53,6 +54,9 @@ class MultiTaskTrainerMixin:
         features: the model -> the shared representation(s) of the last forward pass, which makes the cheap level available.
         level: ``auto``, ``representation`` or ``exact``.
         options: of the Trainer.
+
+    Raises:
+        InputError: a method that looks more than once a step, which the Trainer has no place for.
     """
 
     def __init__(
@@ -66,6 +70,11 @@ class MultiTaskTrainerMixin:
     ) -> None:
         super().__init__(*arguments, **options)
         self.balancer = make(balancer) if isinstance(balancer, str) else balancer
+        if looks_again(self.balancer):
+            raise InputError(
+                f"{self.balancer.method.name} looks at the model more than once a step, for which the Trainer has no place: "
+                "call polytask.backward_batches in a loop of your own"
+            )
         self.shared, self.features, self.level = shared, features, level
         self.observation: Observation | None = None
         self._seen: dict[str, list[Tensor]] = {}

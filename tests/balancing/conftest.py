@@ -71,7 +71,7 @@ def run(
 def fill(balancer: Balancer, evaluate: Callable[[], Mapping[str, Tensor]], shared: Sequence[Tensor]) -> None:
     """Fill ``.grad`` the way the method asks for; every batch is the same where it looks at several."""
     if looks_again(balancer):
-        batches = [None] * len(balancer.batches)
+        batches = [None] * len(balancer.roles)
         polytask.backward_batches(lambda _: evaluate(), batches, shared=shared, balancer=balancer)
     else:
         polytask.backward(evaluate(), shared=shared, balancer=balancer)

@@ -45,7 +45,7 @@ class AutoLambda(LookingBalancer):
     Cost: five forward and three backward passes (the training batch four times, twice without graph), whatever the number of tasks.
     """
 
-    batches: tuple[Role, ...] = ("train", "validation")
+    roles: tuple[Role, ...] = ("train", "validation")
     weighs_heads = True
 
     def __init__(

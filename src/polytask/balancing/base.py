@@ -69,7 +69,7 @@ class Balancer(ABC):
         observation: what the last step saw.
         workspace: memory for the task gradients, kept between steps.
         branches: balancers like this one for further groups of shared parameters; see :meth:`branch`.
-        batches: the independent batches it looks at in a step: ``train`` ones, of which the last is followed, and ``validation`` ones,
+        roles: of the independent batches it looks at in a step: ``train`` ones, of which the last is followed, and ``validation`` ones,
             whose gradients never reach the parameters. Where these are more than one, see :func:`polytask.backward_batches`.
         agreed_in: the group of processes whose balancers have the same state and random numbers.
     """
@@ -78,7 +78,7 @@ class Balancer(ABC):
     method: ClassVar[Method]
     needs_second_evaluation: bool = False
     takes_logarithms: ClassVar[bool] = False
-    batches: tuple[Role, ...] = ("train",)
+    roles: tuple[Role, ...] = ("train",)
 
     def __init__(
         self, *, preference: Preference = None, log_losses: bool = False, every: int = 1, seed: int = 0

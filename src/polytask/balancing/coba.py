@@ -48,7 +48,7 @@ class CoBa(LookingBalancer):
     Cost: one forward pass of a validation batch, without graph.
     """
 
-    batches: tuple[Role, ...] = ("train", "validation")
+    roles: tuple[Role, ...] = ("train", "validation")
     weighs_heads = True
 
     def __init__(self, *, window: int = 200, warmup: int = 100, tau: float = 5.0, **base: Unpack[BaseOptions]) -> None:

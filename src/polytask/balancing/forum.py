@@ -91,7 +91,7 @@ class FORUM(LookingBalancer):
     Cost: 2 T + 1 forward and T + K backward passes, K x P numbers.
     """
 
-    batches: tuple[Role, ...] = ("train", "validation")
+    roles: tuple[Role, ...] = ("train", "validation")
     weighs_heads = True
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -255,19 +256,19 @@ def _refuse(losses: Mapping[str, Tensor]) -> None:
         return
     values = torch.stack([loss.detach() for loss in losses.values()])
     if not bool(torch.isfinite(values).all()):
-        name, value = next((n, float(v)) for n, v in losses.items() if not bool(torch.isfinite(v)))
+        name, value = next((n, v) for n, v in zip(losses, values.tolist(), strict=True) if not math.isfinite(v))
         raise TrainingError(f"the loss of task {name!r} is {value}: no gradient was touched")
 
 
 def looks_again(balancer: Balancer) -> bool:
     """Whether the losses of one batch are not enough for a method."""
-    return isinstance(balancer, LookingBalancer) or len(balancer.batches) > 1
+    return isinstance(balancer, LookingBalancer) or len(balancer.roles) > 1
 
 
 class LookingBalancer(Balancer):
     """A method that finds its step by several looks at the model.
 
-    :func:`polytask.backward_batches` runs it: one :class:`Looks` a step, on as many batches as ``batches`` names.
+    :func:`polytask.backward_batches` runs it: one :class:`Looks` a step, on as many batches as ``roles`` names.
 
     Attributes:
         weighs_heads: whether the weights act on the parameters of single tasks too.
@@ -320,5 +321,5 @@ class LookingBalancer(Balancer):
         def evaluate(_: None) -> dict[str, Tensor]:
             return dict(zip(names, (at + J @ x).unbind(), strict=True))
 
-        evaluations = Evaluations(evaluate, [None] * len(self.batches), self.batches)
+        evaluations = Evaluations(evaluate, [None] * len(self.roles), self.roles)
         return self.take(Looks(self, evaluations, [x], transform=lambda loss: loss))[0].to(jacobian.dtype)

@@ -40,7 +40,7 @@ class MoDo(GramianWeighting):
     Cost: a forward and K backward passes for each of two batches, 2 K x P numbers; one of each for the third.
     """
 
-    batches: tuple[Role, ...] = ("train", "train", "train")
+    roles: tuple[Role, ...] = ("train", "train", "train")
 
     def __init__(
         self, *, gamma: float = 1e-3, rho: float = 0.1, unit: float | None = None, **base: Unpack[BaseOptions]

@@ -43,7 +43,7 @@ class MOML(LookingBalancer):
     Cost: two forward and 2 K backward passes, 2 K x P numbers.
     """
 
-    batches: tuple[Role, ...] = ("train", "validation")
+    roles: tuple[Role, ...] = ("train", "validation")
     weighs_heads = True
 
     def __init__(self, *, inner_lr: float = 0.1, lr: float = 1e-3, **base: Unpack[BaseOptions]) -> None:

@@ -61,15 +61,16 @@ class SDMGrad(GramianWeighting):
                 f"sdmgrad needs steps >= 1, lr > 0 and momentum in [0, 1), not {steps}, {lr} and {momentum}"
             )
         self.lam, self.steps, self.lr, self.momentum = lam, steps, lr, momentum
-        self.batches = ("train",) if batches == 1 else ("train", "train", "train")
+        self.batches = batches
+        self.roles = ("train",) if batches == 1 else ("train", "train", "train")
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {"weights": np.full(n_tasks, 1 / n_tasks)} if len(self.batches) > 1 else {}
+        return {"weights": np.full(n_tasks, 1 / n_tasks)} if self.batches > 1 else {}
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         p, k = self.p, len(C)
         C = C * p * p[:, None]
-        w = self._descend(C) if len(self.batches) > 1 else simplex_qp(C, self.lam * C.mean(1), self.precision)
+        w = self._descend(C) if self.batches > 1 else simplex_qp(C, self.lam * C.mean(1), self.precision)
         return np.asarray(p * (w + self.lam / k) / (1 + self.lam))
 
     def _descend(self, M: Matrix) -> Vector:

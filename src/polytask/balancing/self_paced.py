@@ -38,7 +38,7 @@ class SelfPaced(LookingBalancer):
     Cost: one forward pass of a validation batch, without graph.
     """
 
-    batches: tuple[Role, ...] = ("train", "validation")
+    roles: tuple[Role, ...] = ("train", "validation")
     weighs_heads = True
 
     def __init__(self, *, window: int = 100, sharpness: float = 50.0, **base: Unpack[BaseOptions]) -> None:

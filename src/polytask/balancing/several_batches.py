@@ -29,7 +29,7 @@ def backward_batches(
 ) -> Observation:
     r"""Fill ``.grad`` by a method that looks at several batches, or at other parameters than the present ones.
 
-    The method asks for losses; ``evaluate`` finds them, at the parameters as they stand when it is called. ``balancer.batches`` says how
+    The method asks for losses; ``evaluate`` finds them, at the parameters as they stand when it is called. ``balancer.roles`` says how
     many batches a step takes and what for: ``("train",)`` for most methods, ``("train", "train", "train")`` for MoDo,
     ``("train", "validation")`` for Auto-Lambda. They are to be drawn independently of one another. The last training batch is
     followed: its gradients make the step, the others only choose how. ``.grad`` is added to as by :func:`polytask.backward`, to which
@@ -41,7 +41,7 @@ def backward_batches(
 
     Args:
         evaluate: batch -> losses: {task: scalar with graph}, or what else :func:`polytask.backward` takes.
-        batches: anything that ``evaluate`` takes, one for each entry of ``balancer.batches``.
+        batches: anything that ``evaluate`` takes, one for each entry of ``balancer.roles``.
         balancer: kept by the caller from step to step.
         shared: the parameters to be balanced, as for :func:`polytask.backward`; groups are balanced together.
         features: called after the evaluation for the shared representation; of use to methods that look once.
@@ -62,7 +62,7 @@ def backward_batches(
     """
     _check(balancer, batches, level)
     return _step(
-        Evaluations(evaluate, batches, balancer.batches), balancer, shared, features, level, scaler, on_nonfinite
+        Evaluations(evaluate, batches, balancer.roles), balancer, shared, features, level, scaler, on_nonfinite
     )
 
 
@@ -80,7 +80,7 @@ def step(
 
     Args:
         evaluate: batch -> losses, at the parameters as they stand.
-        batches: one for each entry of ``balancer.batches``: a list of one batch for most methods.
+        batches: one for each entry of ``balancer.roles``: a list of one batch for most methods.
         optimizer: of shared and task parameters.
         balancer: kept by the caller from step to step.
         clip_norm: greatest norm of the balanced gradient; None does not clip.
@@ -99,7 +99,7 @@ def step(
         raise InputError(f"polytask.step has no option {unknown[0]!r}; it hands on {', '.join(known)}")
     chosen: dict[str, Any] = {**known, **options}
     _check(balancer, batches, chosen["level"])
-    evaluations = Evaluations(evaluate, batches, balancer.batches)
+    evaluations = Evaluations(evaluate, batches, balancer.roles)
     optimizer.zero_grad()
     seen = _step(evaluations, balancer, scaler=scaler, **chosen)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -123,7 +123,7 @@ def step(
 
 
 def _check(balancer: Balancer, batches: Sequence[Any], level: Level) -> None:
-    name, roles = balancer.method.name, balancer.batches
+    name, roles = balancer.method.name, balancer.roles
     if len(batches) != len(roles):
         kinds = f"{len(roles)} batches ({', '.join(roles)})" if len(roles) > 1 else "1 batch"
         raise InputError(f"{name} takes {kinds} a step, not {len(batches)}")

@@ -44,7 +44,7 @@ class SharpnessAware(LookingBalancer):
         chosen = {"preference": self.preference, "seed": self.seed, **self.inner_options}
         self.inners: list[Balancer] = [find(inner, "balancing").factory(**chosen) for _ in range(copies)]
         first = self.inners[0]
-        if isinstance(first, LookingBalancer) or len(first.batches) > 1 or first.needs_second_evaluation:
+        if isinstance(first, LookingBalancer) or len(first.roles) > 1 or first.needs_second_evaluation:
             raise InputError(f"{name} combines gradients by a method that looks once a step, which {inner} does not")
         self.degree = getattr(first, "degree", 0.0)
 

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import leaves
-from polytask.balancing import Balancer, LossWeighting, Observation, backward
+from polytask.balancing import Balancer, LossWeighting, Observation, backward, backward_batches
 from polytask.balancing.accumulation import Accumulation
+from polytask.balancing.looks import looks_again
 from polytask.errors import TrainingError
 from polytask.models import MultiTaskModel
 from polytask.optim import TaskOptimizer
 from polytask.tasks import Tasks
 from polytask.training.config import TrainConfig
 from polytask.training.data import Batch, to_device
+from polytask.training.several_looks import check_looks, cut
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -86,6 +88,9 @@ class Stepper:
         self.module: MultiTaskModel = accelerator.unwrap_model(model)
         self.processes = accelerator.num_processes
         self._has_features: bool | None = None
+        self._looks_again = looks_again(balancer)
+        if self._looks_again:
+            check_looks(balancer, config, self.processes, isinstance(optimizer.optimizer, TaskOptimizer))
         # accelerate's wrapper searches the disk for a package in every step: where it adds nothing the optimizer itself is stepped
         plain = accelerator.scaler is None and accelerator.distributed_type.name in ("NO", "MULTI_CPU", "MULTI_GPU")
         self._update = optimizer.optimizer if plain else optimizer
@@ -107,7 +112,9 @@ class Stepper:
         shares = None if counts is None else [dict(zip(self.tasks, row, strict=True)) for row in counts.shares.tolist()]
         self._update.zero_grad()
         generators: list[Tensor] = []
-        if self._by_itself is not None:
+        if self._looks_again:
+            losses, observation = self._by_looks(pieces[0])
+        elif self._by_itself is not None:
             losses, observation = self._by_the_optimizer(self._by_itself, pieces, shares, generators)
         elif (len(pieces) > 1 or self.processes > 1) and self._exact(pieces[0]):
             losses, observation = self._accumulate(pieces, shares, generators)
@@ -150,6 +157,21 @@ class Stepper:
             self.module.train()
             self._has_features = bool(self.module.features)
         return not self._has_features
+
+    def _by_looks(self, piece: Batch) -> tuple[dict[str, Tensor], Observation | None]:
+        """A method that looks again finds its gradients on parts of the batch; None where it is too small for them, or lacks labels."""
+        parts = cut(piece, len(self.balancer.roles))
+        if not parts:
+            return {}, None
+        observation = backward_batches(
+            lambda part: self._losses(self.module, part, None),
+            parts,
+            shared=self.module.shared_parameters(),
+            balancer=self.balancer,
+            scaler=self.accelerator.scaler,
+        )
+        losses = dict(zip(observation.tasks, observation.losses.unbind(), strict=True))
+        return losses, observation if losses else None
 
     def _losses(
         self, model: torch.nn.Module, piece: Batch, factors: dict[str, float] | None, idle: bool = False
