@@ -29,15 +29,10 @@ class AdaTask(PerTaskOptimizer):
 
     .. math:: \theta \leftarrow \theta - \eta \sum_i p_i\, \frac{\hat m_i}{\sqrt{\hat v_i} + \epsilon}
 
-    where :math:`m_i, v_i` are those of the rule, of task i alone:
-
-    .. math::
-        \text{adam:}\quad & m_i \leftarrow \beta_1 m_i + (1-\beta_1) g_i, \quad v_i \leftarrow \beta_2 v_i + (1-\beta_2) g_i^2 \\
-        \text{rmsprop:}\quad & m_i = g_i, \quad v_i \leftarrow \beta_2 v_i + (1-\beta_2) g_i^2 \\
-        \text{adagrad:}\quad & m_i = g_i, \quad v_i \leftarrow v_i + g_i^2
-
-    (hats, corrections for the start, with adam only). A loss may be multiplied by any constant without effect; that is why the weights,
-    if any are given, multiply the tasks' steps rather than their losses. ::
+    with :math:`m_i, v_i` of task i alone: :math:`m_i \leftarrow \beta_1 m_i + (1-\beta_1) g_i` and
+    :math:`v_i \leftarrow \beta_2 v_i + (1-\beta_2) g_i^2`, corrected for the start (hats), with ``adam``; :math:`g_i` in place of the first
+    moment and no correction with ``rmsprop``; with ``adagrad`` moreover :math:`v_i \leftarrow v_i + g_i^2`. A loss may be multiplied by any
+    constant without effect; that is why the weights, if any are given, multiply the tasks' steps rather than their losses. ::
 
         optimizer = AdaTask(model.parameters(), lr=1e-3)
         ...
