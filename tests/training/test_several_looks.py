@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -36,22 +37,24 @@ def test_a_run_learns_and_a_resumed_one_ends_bit_identical(diabetes, tmp_path, n
     history = train(whole, *arguments, **options()).history
     assert all(v[-1] < v[0] for v in history["validation_loss"].values() if v[0] > 1.0)
     assert all(math.isfinite(v) for task in history["train_loss"].values() for v in task)
-    steps = 0
+    taken = []
 
     class Stop(Exception):
         pass
 
-    def evaluate(module: nn.Module, args: object) -> None:
-        nonlocal steps
-        steps += module.training
-        if steps > 20:
-            raise Stop
+    def stopping(parameters: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+        adam = torch.optim.AdamW(parameters, lr=CPU.learning_rate, weight_decay=CPU.weight_decay)
 
-    broken = diabetes.model(dropout=0.2)
-    hook = broken.register_forward_pre_hook(evaluate)
+        def count(*_: object) -> None:
+            taken.append(1)
+            if len(taken) == 12:  # in the middle of the second epoch, two steps after a checkpoint
+                raise Stop
+
+        adam.register_step_post_hook(count)
+        return adam
+
     with pytest.raises(Stop):
-        train(broken, *arguments, **options(), folder=tmp_path)
-    hook.remove()
+        train(diabetes.model(dropout=0.2), *arguments, **options(), folder=tmp_path, optimizer=stopping)
     again = diabetes.model(dropout=0.2, seed=5)
     resumed = train(again, *arguments, **options(), folder=tmp_path, resume=True)
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), again.parameters(), strict=True))
