@@ -74,10 +74,12 @@ def interference(
             both, sum_of_products = signs.abs() @ signs.abs().T, signs @ signs.T
             together += both
             apart += (both - sum_of_products) / 2
-        if D.ndim == 3 and min(D.shape[1:]) >= T:
-            shared, k = _overlap(D)
+        # a convolution's kernel is a matrix from patches to channels
+        M = D.flatten(2) if D.ndim > 2 else D
+        if M.ndim == 3 and min(M.shape[1:]) >= T:
+            shared, k = _overlap(M)
             overlap += shared
-            ranks.append(k / min(D.shape[1:]))
+            ranks.append(k / min(M.shape[1:]))
     norm = gramian.diagonal().sqrt()
     return Interference(
         tuple(experts),

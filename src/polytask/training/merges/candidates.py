@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from polytask.errors import InputError
-from polytask.merging import make, merge
+from polytask.merging import make, make_filter, merge
 from polytask.merging.base import Merger
 from polytask.registry import Method, find, methods
 from polytask.training.merges.lineage import Lineage, Outcome
@@ -88,7 +88,7 @@ def merged(
     fixed = {n: v for n, v in said.items() if n not in axes}
     if "scale" not in said and not axes:
         axes = grid(method, experts, trials, fixed)
-    full = "+".join([*filters, method.name])
+    full = "+".join([*(make_filter(f).method.name for f in filters), method.name])
     merger = make(method.name, **{n: v[0] for n, v in axes.items()}, **fixed)
     merger.check_experts(experts)
     role = "baseline" if full == BASELINE else "method"
