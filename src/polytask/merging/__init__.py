@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from polytask.merging.adaptive import adapt
 from polytask.merging.base import Filter, MatrixMerger, Merger, Place, TaskVectorMerger, WeightMerger
 from polytask.merging.esm_pp import route
 from polytask.merging.in_memory import make, make_filter, merge
@@ -18,6 +19,7 @@ __all__ = [
     "Place",
     "TaskVectorMerger",
     "WeightMerger",
+    "adapt",
     "forcing",
     "gather_fisher",
     "gather_gramians",

@@ -7,7 +7,7 @@ that holds :math:`X^\top X`, the sum of the inputs and how many there were. :fun
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +41,7 @@ def rows(S: Float[Tensor, "d+1 d+1"]) -> int:
 
 
 @torch.no_grad()
-def gather_gramians(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+def gather_gramians(model: nn.Module, batches: Iterable[Any], only: Collection[str] | None = None) -> dict[str, Tensor]:
     r"""The Gramian :math:`[X\; 1]^\top [X\; 1]` of the inputs of every linear layer.
 
     Linear layers are ``nn.Linear`` and both projections of ``nn.MultiheadAttention``: its stacked ``in_proj_weight``, whose inputs are
@@ -52,6 +52,7 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
     Args:
         model: an expert; it is put into evaluation mode while it runs.
         batches: inputs; a tuple is unpacked into positional arguments, a dict into keyword arguments.
+        only: names of the weights that matter; all when omitted.
 
     Returns:
         {name of the layer's weight in the state dict: Gramian, shape (inputs + 1, inputs + 1), float64}.
@@ -61,7 +62,7 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
 
     Cost: one forward pass a batch (attention is computed twice), rows n^2 multiplications a layer, and memory for the Gramians only.
     """
-    gathering = _Gathering(model)
+    gathering = _Gathering(model, only)
     handles = gathering.attach()
     try:
         with _evaluating(model):
@@ -79,8 +80,8 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tenso
 class _Gathering:
     """Hooks on a model's linear layers, and what they have seen."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, only: Collection[str] | None = None) -> None:
+        self.model, self.only = model, only
         self.names = {id(p): name for name, p in model.named_parameters()}
         self.embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         self.gramians: dict[str, Tensor] = {}
@@ -97,7 +98,7 @@ class _Gathering:
         return handles
 
     def see(self, weight: Tensor, inputs: Tensor) -> None:
-        if id(weight) in self.embeddings:
+        if id(weight) in self.embeddings or (self.only is not None and self.names[id(weight)] not in self.only):
             return
         X = self._unpadded(inputs).to("cpu", torch.float64)
         S = self.gramians.setdefault(

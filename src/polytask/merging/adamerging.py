@@ -1,0 +1,69 @@
+"""AdaMerging (Yang et al., ICLR 2024, arXiv:2310.02575)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from polytask.errors import InputError
+from polytask.merging.adaptive import Adaptive, Bench, entropy
+from polytask.merging.base import in_range
+from polytask.registry import register
+
+
+@register("adamerging", family="adaptive", paper="arXiv:2310.02575", needs="inputs", aliases=("AdaMerging",))
+class AdaMerging(Adaptive):
+    r"""Learn how much of each task vector to add, so that the merged model is sure of its answers on unlabelled inputs.
+
+    .. math:: W^l = W_0^l + \sum_t \lambda_t^l\, \tau_t^l, \qquad
+        \min_{\lambda \in [0, 1]}\ \sum_t \mathbb E_x\, H\bigl(p_W(\cdot \mid x)\bigr)
+
+    Low entropy is a stand-in for low loss; where a model is surely wrong it misleads. With the filter ``trim`` and an election before it
+    is AdaMerging++.
+
+    Args:
+        wise: ``layer`` learns a coefficient for every tensor and expert, ``task`` one for every expert.
+        start: :math:`\lambda` at first.
+        steps: of Adam, each on one batch of every task; 500 in the paper.
+        learning_rate: of Adam.
+
+    Cost: a forward and a backward pass a step and task.
+    """
+
+    def __init__(
+        self,
+        *,
+        wise: Literal["layer", "task"] = "layer",
+        start: float = 0.3,
+        steps: int = 500,
+        learning_rate: float = 1e-3,
+    ) -> None:
+        if wise not in ("layer", "task"):
+            raise InputError(f"adamerging learns coefficients 'layer'- or 'task'-wise, not {wise!r}")
+        in_range(start, "the start of adamerging", 0, 1)
+        in_range(learning_rate, "the learning rate of adamerging", 0, float("inf"), open_low=True)
+        self.wise, self.start, self.steps, self.learning_rate = wise, start, steps, learning_rate
+
+    def fit(self, bench: Bench) -> dict[str, Tensor]:
+        T, names = len(bench.batches), list(bench.W0)
+        lam = torch.full((len(names) if self.wise == "layer" else 1, T), self.start, requires_grad=True)
+
+        def merged() -> dict[str, Tensor]:
+            rows = lam.expand(len(names), T)
+            return {
+                n: bench.W0[n] + torch.tensordot(rows[i].to(bench.D[n].dtype), bench.D[n], dims=1)
+                for i, n in enumerate(names)
+            }
+
+        optimizer = torch.optim.Adam([lam], lr=self.learning_rate)
+        for _ in range(self.steps):
+            W = merged()
+            total = torch.stack([entropy(bench.logits(W, t, bench.next_batch(t))) for t in bench.batches]).sum()
+            optimizer.zero_grad()
+            total.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                lam.clamp_(0, 1)
+        return merged()

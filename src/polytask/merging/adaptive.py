@@ -1,0 +1,176 @@
+"""Merging that looks at how the merged model answers: coefficients are learned on a few inputs of every task, mostly without labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from itertools import cycle
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from polytask.errors import InputError
+from polytask.merging.base import Filter, place_of
+from polytask.merging.engine import check_finite, written_as
+from polytask.merging.fusion import logits_of
+from polytask.merging.in_memory import State, make_filter, specs
+from polytask.merging.matching import match
+from polytask.registry import find
+
+if TYPE_CHECKING:
+    from polytask.registry import Method
+
+Objective = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass
+class Bench:
+    """A model, its base and experts as tensors, and every task's inputs: what an adaptive method works with.
+
+    Attributes:
+        model: the architecture; its own weights are not looked at.
+        W0: the base's tensors that are merged, float32 or float64.
+        D: the task vectors, one row an expert, by tensor.
+        apart: for each expert, the tensors that are not merged, such as its head.
+        batches: for each expert, its task's inputs, or pairs of inputs and labels where the method takes labels.
+    """
+
+    model: nn.Module
+    W0: dict[str, Tensor]
+    D: dict[str, Float[Tensor, "experts ..."]]
+    apart: dict[str, dict[str, Tensor]]
+    batches: dict[str, list[Any]]
+    _turns: dict[str, Iterator[Any]] = field(default_factory=dict)
+
+    def next_batch(self, expert: str) -> Any:
+        """The expert's batches, one after another and round again."""
+        return next(self._turns.setdefault(expert, cycle(self.batches[expert])))
+
+    def logits(self, W: Mapping[str, Tensor], expert: str, inputs: Any) -> Float[Tensor, "... classes"]:
+        """What a model with the shared tensors W and the expert's own ones answers."""
+        args, named = (inputs, {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
+        if isinstance(inputs, dict):
+            args, named = (), inputs
+        return logits_of(functional_call(self.model, {**W, **self.apart[expert]}, tuple(args), named))
+
+    def with_weights(self, W: Mapping[str, Tensor], expert: str) -> nn.Module:
+        """The model itself, holding those weights, for what must be hooked."""
+        return _filled(self.model, {**W, **self.apart[expert]})
+
+
+class Adaptive(ABC):
+    """A way of merging that runs the model.
+
+    Attributes:
+        takes_labels: whether its batches are pairs of inputs and labels.
+    """
+
+    method: ClassVar[Method]
+    needs: ClassVar[str] = "inputs"
+    takes_labels: bool = False
+
+    @abstractmethod
+    def fit(self, bench: Bench) -> dict[str, Tensor]:
+        """The merged tensors, by name."""
+
+
+def entropy(logits: Float[Tensor, "... classes"]) -> Float[Tensor, ""]:
+    """The mean entropy of the predicted distributions."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def adapt(
+    model: nn.Module,
+    base: State,
+    experts: Mapping[str, State],
+    batches: Mapping[str, Sequence[Any]],
+    method: str = "adamerging",
+    *,
+    skip: Sequence[str] = (),
+    filters: Sequence[Filter | str] = (),
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Merge by a method that runs the merged model on a few inputs of every task.
+
+    Args:
+        model: the architecture; a classifier whose output is logits, in evaluation mode while it runs. It is left as it was.
+        base: the state dict that the experts were fine-tuned from.
+        experts: their state dicts, by name.
+        batches: {expert: inputs of its task}; a tuple is unpacked into positional arguments, a dict into named ones. Methods with labels
+            take pairs of inputs and labels instead.
+        method: see ``polytask methods --family adaptive``.
+        skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
+        filters: of task vectors, applied before; ``"trim"`` and an election make AdaMerging++ of AdaMerging.
+        seed: of random draws in filters.
+        options: the method's own.
+
+    Returns:
+        The merged state dict; tensors that are not merged are the base's.
+
+    Raises:
+        InputError: models that do not fit together or into ``model``, a task without inputs, an unknown method or option.
+
+    Cost: the method's; memory for the base, all task vectors, and a few models more.
+    """
+    entry = find(method, family="adaptive")
+    unknown = [o for o in options if o not in entry.options]
+    if unknown:
+        raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
+    fitting: Adaptive = entry.factory(**options)
+    bench = _bench(model, base, experts, batches, skip, filters, seed)
+    merged = fitting.fit(bench)
+    result = {n: v.detach().clone() for n, v in base.items()}
+    return result | {n: written_as(v.detach(), base[n].dtype, n).to(base[n].device) for n, v in merged.items()}
+
+
+def _bench(
+    model: nn.Module,
+    base: State,
+    experts: Mapping[str, State],
+    batches: Mapping[str, Sequence[Any]],
+    skip: Sequence[str],
+    filters: Sequence[Filter | str],
+    seed: int,
+) -> Bench:
+    if not experts:
+        raise InputError("there is nothing to merge: no expert was given")
+    if set(batches) != set(experts):
+        raise InputError(f"inputs are of {', '.join(batches) or 'no task'}; the experts are {', '.join(experts)}")
+    empty = [e for e, found in batches.items() if not len(found)]
+    if empty:
+        raise InputError(f"there is no batch of inputs for {empty[0]}")
+    models = [("the base", base), *experts.items()]
+    found = match([(label, specs(s, label)) for label, s in models], skip)
+    lacking = [n for n in model.state_dict() if n not in base]
+    if lacking:
+        raise InputError(f"the model has a tensor {lacking[0]}, which the base has not: build the base's architecture")
+    for label, state in models:
+        for n in found.merged:
+            check_finite(state[n], n, label)
+    wide = {n: torch.promote_types(base[n].dtype, torch.float32) for n in found.merged}
+    W0 = {n: base[n].detach().to("cpu", to, copy=True) for n, to in wide.items()}
+    D = {n: torch.stack([s[n].detach().to("cpu", to) - W0[n] for s in experts.values()]) for n, to in wide.items()}
+    for given in filters:
+        each = make_filter(given) if isinstance(given, str) else given
+        if each.passes:
+            raise InputError(f"{each.method.name} must see the whole model first: choose its scope 'tensor' here")
+        D = {n: each.apply(W0[n], d, place_of(n, seed)) for n, d in D.items()}
+    apart = {e: {n: v.detach().clone() for n, v in s.items() if n not in W0} for e, s in experts.items()}
+    clean = deepcopy(model).cpu().eval().requires_grad_(False)
+    return Bench(clean, W0, D, apart, {e: list(b) for e, b in batches.items()})
+
+
+@torch.no_grad()
+def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    filled = deepcopy(model)
+    for name, tensor in filled.state_dict(keep_vars=True).items():
+        # heads differ in shape from expert to expert
+        tensor.data = state[name].detach().clone()
+    return filled

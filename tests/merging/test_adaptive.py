@@ -1,0 +1,228 @@
+"""Merging that runs the model: what is exact about each method, and that it helps where it must."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polytask.errors import InputError
+from polytask.merging import adapt, gather_gramians, merge
+from polytask.merging.adaptive import entropy
+from polytask.registry import Method, methods
+
+from .conftest import distance
+
+State = dict[str, Tensor]
+ADAPTIVE = {m.name: m for m in methods("adaptive")}
+QUICK: dict[str, dict[str, object]] = {"adamerging": {"steps": 60, "learning_rate": 0.02}, "adarank": {"steps": 30}}
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4))
+
+
+def task(t: int, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(1000 * t + seed)
+    centres = 2.0 * torch.randn(4, 12, generator=torch.Generator().manual_seed(77 + t))
+    y = torch.randint(0, 4, (n,), generator=g)
+    return centres[y] + 0.8 * torch.randn(n, 12, generator=g), y
+
+
+@pytest.fixture(scope="module")
+def world() -> tuple[nn.Sequential, State, dict[str, State]]:
+    model = net()
+
+    def train(pairs: list[tuple[Tensor, Tensor]], steps: int) -> State:
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(steps):
+            loss = torch.stack([F.cross_entropy(model(x), y) for x, y in pairs]).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return {n: v.detach().clone() for n, v in model.state_dict().items()}
+
+    base = train([task(t, 60, 0) for t in range(3)], 8)
+    experts = {}
+    for t in range(3):
+        model.load_state_dict(base)
+        experts[f"task {t}"] = train([task(t, 200, 1)], 80)
+    return model, base, experts
+
+
+def accuracy(model: nn.Module, state: State) -> float:
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return sum(float((model(x).argmax(1) == y).float().mean()) for x, y in (task(t, 400, 2) for t in range(3))) / 3
+
+
+def inputs(labels: bool = False) -> dict[str, list[object]]:
+    pairs = {f"task {t}": [task(t, 64, 3 + i) for i in range(2)] for t in range(3)}
+    return {e: list(p) if labels else [x for x, _ in p] for e, p in pairs.items()}
+
+
+@pytest.fixture(params=ADAPTIVE.values(), ids=ADAPTIVE)
+def method(request: pytest.FixtureRequest) -> Method:
+    return request.param  # type: ignore[no-any-return]
+
+
+def test_registration(method: Method) -> None:
+    assert method.needs == "inputs"
+    assert method.summary.endswith(".")
+
+
+def test_the_model_is_left_alone_and_nothing_is_left_to_chance(
+    method: Method, world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    first, second = (adapt(model, base, experts, inputs(), method.name, **QUICK.get(method.name, {})) for _ in range(2))
+    assert all(torch.equal(first[n], second[n]) for n in base)
+    assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "options"), [("regmean_pp", {}), ("frank_wolfe", {"labels": True, "steps": 100})])
+def test_what_knows_layers_or_labels_does_better_than_the_mean(
+    name: str, options: dict[str, object], world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+    found = adapt(model, base, experts, inputs(bool(options)), name, **options)
+    assert accuracy(model, found) > max(accuracy(model, base), accuracy(model, merge(base, experts, "average")))
+
+
+def uncertainty(model: nn.Module, state: State) -> float:
+    model.load_state_dict(state)
+    with torch.no_grad():
+        return float(sum(entropy(model(x)) for found in inputs().values() for x in found))
+
+
+def test_no_change_stays_none(method: Method, world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
+    model, base, _ = world
+    found = adapt(
+        model, base, {"task 0": base}, {"task 0": inputs()["task 0"]}, method.name, **QUICK.get(method.name, {})
+    )
+    assert distance(found, base) < 1e-5
+
+
+# --- AdaMerging
+
+
+@pytest.mark.parametrize("wise", ["task", "layer"])
+def test_adamerging_lowers_the_entropy_within_its_span(
+    wise: str, world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+
+    start = adapt(model, base, experts, inputs(), wise=wise, steps=0)
+    assert distance(start, merge(base, experts, "task_arithmetic", scale=0.3)) < 1e-6
+    found = adapt(model, base, experts, inputs(), wise=wise, steps=60, learning_rate=0.02)
+    assert uncertainty(model, found) < uncertainty(model, start)
+    learned = []
+    for n in base:
+        D = torch.stack([e[n] - base[n] for e in experts.values()]).flatten(1).double()
+        lam = torch.linalg.lstsq(D.T, (found[n] - base[n]).flatten().double()).solution
+        assert torch.allclose(lam @ D, (found[n] - base[n]).flatten().double(), atol=1e-5)
+        learned.append(lam)
+    spread = torch.stack(learned).std(0).max()
+    assert (spread < 1e-3) == (wise == "task")
+
+
+# --- AdaRank
+
+
+def test_adarank_with_every_direction_on_is_a_sum(world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
+    model, base, experts = world
+    weights = [n for n in base if n.endswith("weight")]
+    full = adapt(model, base, experts, inputs(), "adarank", rank=1.0, centred=False, scale=0.4, steps=0)
+    added = merge(base, experts, "task_arithmetic", scale=0.4)
+    assert distance({n: full[n] for n in weights}, {n: added[n] for n in weights}) < 1e-5
+    start, found = (adapt(model, base, experts, inputs(), "adarank", steps=k) for k in (0, 30))
+    assert uncertainty(model, found) < uncertainty(model, start)
+    # departures from the mean sum to nothing
+    centred = adapt(model, base, experts, inputs(), "adarank", rank=1.0, steps=0)
+    assert distance(centred, merge(base, experts, "average")) < 1e-5
+
+
+# --- Frank-Wolfe
+
+
+def test_frank_wolfe_stays_between_the_models_and_passes_a_bad_one_by(
+    world: tuple[nn.Sequential, State, dict[str, State]],
+) -> None:
+    model, base, experts = world
+    bad = {n: v + 3 * torch.randn_like(v) for n, v in base.items()}
+    batches = {**inputs(labels=True), "bad": inputs(labels=True)["task 0"]}
+    found = adapt(model, base, {**experts, "bad": bad}, batches, "frank_wolfe", wise="model", labels=True, steps=20)
+    D = torch.stack([torch.cat([(e[n] - base[n]).flatten() for n in base]) for e in (*experts.values(), bad)]).double()
+    moved = torch.cat([(found[n] - base[n]).flatten() for n in base]).double()
+    lam = torch.linalg.lstsq(D.T, moved).solution
+    assert torch.allclose(lam @ D, moved, atol=1e-4)
+    assert bool((lam > -1e-6).all())
+    assert float(lam.sum()) < 1 + 1e-6
+    assert abs(float(lam[-1])) < 1e-6
+    assert float(lam[:-1].sum()) > 0.5
+
+
+# --- RegMean++
+
+
+def test_regmean_pp_is_regmean_where_there_is_one_layer() -> None:
+    torch.manual_seed(0)
+    base = {"weight": torch.randn(5, 8), "bias": torch.randn(5)}
+    experts = {e: {n: v + 0.3 * torch.randn_like(v) for n, v in base.items()} for e in "ab"}
+    batches = {e: [torch.randn(40, 8)] for e in "ab"}
+    model = nn.Linear(8, 5)
+    given = []
+    for e, state in experts.items():
+        model.load_state_dict(state)
+        given.append(gather_gramians(model, batches[e]))
+    expected = merge(base, experts, "regmean", statistics=given)
+    expected["bias"] = sum(e["bias"] for e in experts.values()) / 2  # type: ignore[assignment]
+    assert distance(adapt(model, base, experts, batches, "regmean_pp"), expected) < 1e-6
+
+
+def test_regmean_pp_gives_one_expert_back(world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
+    model, base, experts = world
+    only = {"task 1": experts["task 1"]}
+    found = adapt(model, base, only, {"task 1": inputs()["task 1"]}, "regmean_pp", alpha=1.0)
+    assert distance(found, only["task 1"]) < 1e-4
+
+
+# --- heads, bad input
+
+
+def test_heads_of_different_shapes_stay_apart(method: Method) -> None:
+    torch.manual_seed(0)
+
+    def two_layers(classes: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, classes))
+
+    model = two_layers(3)
+    base = {n: v.detach().clone() for n, v in model.state_dict().items()}
+    experts = {}
+    for classes, e in ((3, "a"), (5, "b")):
+        own = two_layers(classes).state_dict()
+        trunk = {n: v + 0.2 * torch.randn_like(v) for n, v in base.items() if n.startswith("0.")}
+        experts[e] = {**{n: v.detach() for n, v in own.items()}, **trunk}
+    batches = {e: [torch.randn(20, 6)] for e in experts}
+    found = adapt(model, base, experts, batches, method.name, skip=["2.*"], **QUICK.get(method.name, {}))
+    assert all(torch.equal(found[n], base[n]) for n in base if n.startswith("2."))
+    assert any(not torch.equal(found[n], base[n]) for n in base if n.startswith("0."))
+
+
+def test_bad_input(world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
+    model, base, experts = world
+    with pytest.raises(InputError, match="no expert was given"):
+        adapt(model, base, {}, {})
+    with pytest.raises(InputError, match="inputs are of task 0; the experts are task 0, task 1, task 2"):
+        adapt(model, base, experts, {"task 0": inputs()["task 0"]})
+    with pytest.raises(InputError, match="there is no batch of inputs for task 2"):
+        adapt(model, base, experts, {**inputs(), "task 2": []})
+    with pytest.raises(InputError, match="adamerging has no option 'rank'"):
+        adapt(model, base, experts, inputs(), rank=2)
+    with pytest.raises(InputError, match=r"the model has a tensor 6\.weight, which the base has not"):
+        adapt(nn.Sequential(*net(), nn.ReLU(), nn.Linear(4, 4)), base, experts, inputs())
