@@ -5,16 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from polytask.errors import InputError, TrainingError
 from polytask.recipes.evidence import Evidence
-from polytask.recipes.results import Measure, Results, Row, Trial
-
-if TYPE_CHECKING:
-    from polytask.recipes.registration import RecipeInfo
+from polytask.recipes.results import Arm, Measure, Results, Row, Trial
 
 __all__ = ["Arm", "Check", "Measure", "Progress", "Recipe", "Trial"]
 
@@ -23,29 +20,41 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One contestant: the method, or something that stands beside it.
-
-    Args:
-        name: its key in the rows of the evidence.
-        label: its name in tables and figures.
-        role: ``reference`` (single tasks), ``baseline``, or ``method``.
-        candidates: settings among which the arm may choose for each seed by ``Trial.selection``: this is how a tuned scalarization
-            is written. Empty where there is nothing to choose.
-    """
-
-    name: str
-    label: str
-    role: Literal["reference", "baseline", "method"] = "baseline"
-    candidates: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
 class Check:
     """One part of the claim, in words that hold the numbers, and whether it was met."""
 
     text: str
     holds: bool
+
+
+@dataclass(frozen=True)
+class RecipeInfo:
+    """What is known of a recipe before it runs.
+
+    Args:
+        name: lower case with dashes, unique.
+        domain: the folder it lives in, what it is about.
+        paper: where the system was published, e.g. ``arXiv:2605.22635``.
+        claim: one sentence that the evidence supports or refutes.
+        reference: the figures of the specification or paper that ours stand beside, said to be theirs.
+        seeds: how many are run unless told otherwise.
+        quick: options of a quick look that takes seconds.
+        factory: the class.
+    """
+
+    name: str
+    domain: str
+    paper: str
+    claim: str
+    reference: str
+    seeds: int
+    factory: type[Recipe]
+    quick: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        """The first line of the class's docstring."""
+        return (self.factory.__doc__ or "").strip().partition("\n")[0]
 
 
 class Recipe(ABC):

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from polytask.recipes.contract import Arm
-from polytask.recipes.results import Measure, Results, interval
+from polytask.recipes.results import Arm, Measure, Results, interval
 from polytask.report.markup import Markup, join, tag
 from polytask.report.numbers import plain
 from polytask.report.strips import nice_ticks

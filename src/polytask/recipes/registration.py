@@ -6,48 +6,18 @@ import difflib
 import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, dataclass_transform
 
 from polytask.errors import InputError
-from polytask.recipes.contract import Recipe
+from polytask.recipes.contract import Recipe, RecipeInfo
 from polytask.registry import spelling
 
 ENTRY_POINT_GROUP = "polytask.recipes"
 
 R = TypeVar("R", bound=type[Recipe])
-
-
-@dataclass(frozen=True)
-class RecipeInfo:
-    """What is known of a recipe before it runs.
-
-    Args:
-        name: lower case with dashes, unique.
-        domain: the folder it lives in, what it is about.
-        paper: where the system was published, e.g. ``arXiv:2605.22635``.
-        claim: one sentence that the evidence supports or refutes.
-        reference: the figures of the specification or paper that ours stand beside, said to be theirs.
-        seeds: how many are run unless told otherwise.
-        quick: options of a quick look that takes seconds.
-        factory: the class.
-    """
-
-    name: str
-    domain: str
-    paper: str
-    claim: str
-    reference: str
-    seeds: int
-    factory: type[Recipe]
-    quick: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def summary(self) -> str:
-        """The first line of the class's docstring."""
-        return (self.factory.__doc__ or "").strip().partition("\n")[0]
 
 
 _recipes: dict[str, RecipeInfo] = {}

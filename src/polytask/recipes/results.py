@@ -1,16 +1,34 @@
-"""What the trials of a recipe measured, and the few statistics that a claim is judged by."""
+"""Who takes part in a recipe, what its trials measured, and the few statistics that a claim is judged by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One contestant: the method, or something that stands beside it.
+
+    Args:
+        name: its key in the rows of the evidence.
+        label: its name in tables and figures.
+        role: ``reference`` (single tasks), ``baseline``, or ``method``.
+        candidates: settings among which the arm may choose for each seed by ``Trial.selection``: this is how a tuned scalarization
+            is written. Empty where there is nothing to choose.
+    """
+
+    name: str
+    label: str
+    role: Literal["reference", "baseline", "method"] = "baseline"
+    candidates: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
