@@ -12,7 +12,6 @@ import torch
 
 from polytask.balancing import GramianWeighting, make
 from polytask.errors import InputError
-from polytask.linalg import linear_program
 
 J1 = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64)
 J2 = torch.tensor([[1, 2, -1, 0.5], [-2, 0.5, 1, 1], [0.3, -1, 2, -0.4]], dtype=torch.float64)
@@ -195,12 +194,3 @@ class TestPMTL:
             make("pmtl", others=[[1.0, -1.0]])
         with pytest.raises(InputError, match=r"the ray \[1.0, 2.0\] of pmtl has 2 numbers for 3 tasks"):
             make("pmtl", others=[[1.0, 2.0]]).bind(["a", "b", "c"])
-
-
-def test_linear_program():
-    """max y0 + 2 y1 on the segment y0 + y1 = 1 with y0 >= 1/4, and one without a feasible point."""
-    one = np.ones(2)
-    y = linear_program(np.array([1.0, 2.0]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0.25, -np.inf]), one)
-    assert y is not None
-    assert y.tolist() == pytest.approx([0.25, 0.75])
-    assert linear_program(one, np.array([[1.0, 0.0]]), np.array([2.0]), one) is None

@@ -40,7 +40,7 @@ class EPO(GramianWeighting):
     Args:
         epsilon: non-uniformity up to which the losses count as being on the ray.
 
-    Cost: one linear program of K unknowns a step, 1 to 2 ms. Losses must be positive.
+    Cost: one linear program of K unknowns a step. Losses must be positive.
     """
 
     def __init__(self, *, epsilon: float = 1e-4, **base: Unpack[BaseOptions]) -> None:
