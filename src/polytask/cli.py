@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from polytask import __version__
-from polytask.commands import catalogue, doctor, fit, merge, merge_compare, predict, published, show
+from polytask.commands import bench, catalogue, doctor, fit, merge, merge_compare, predict, published, show
 from polytask.commands.failures import EXIT_CODES, OneSentence
 
 app = typer.Typer(
@@ -56,6 +56,7 @@ for panel, commands in {
     for command in commands:
         beneath = BENEATH.get(command.__name__, {})
         app.command(rich_help_panel=panel, **beneath)(command)
+app.add_typer(bench.bench, rich_help_panel="The methods and their evidence")
 
 
 def main() -> None:

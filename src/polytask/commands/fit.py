@@ -97,16 +97,17 @@ def fit(
         return
     if not target:
         raise InputError(f"no target was named: say which columns of {data.name} to predict, each with --target NAME")
-    told = {
-        "kinds": dict(_told(k) for k in kind or ()),
+    about = {
+        "kinds": dict(told(k) for k in kind or ()),
         "grouping": not no_grouping,
         "resume": resume,
         "source": data.name,
     }
-    conduct(read(data, columns, encoding), target, run, as_json, **told, **split, **budget, **common)
+    conduct(read(data, columns, encoding), target, run, as_json, **about, **split, **budget, **common)
 
 
-def _told(option: str) -> tuple[str, str]:
+def told(option: str) -> tuple[str, str]:
+    """Read ``NAME=KIND``."""
     from polytask.errors import InputError
 
     name, sign, kind = option.rpartition("=")
