@@ -194,7 +194,7 @@ def _task(name: str, column: pd.Series[Any], kind: str | None) -> Task:
         raise InputError(
             f"the target {name!r} has only one label value, {names[0]!r}: labels of a second value are needed"
         )
-    kind = kind or _guess(name, numbers, names, len(known))
+    kind = kind or guess_kind(name, numbers, len(names), len(known))
     if kind in ("regression", "quantile", "count"):
         return Task(name, _number_kind(name, kind, numbers))
     rare = int(counts.argmin())
@@ -209,17 +209,28 @@ def _task(name: str, column: pd.Series[Any], kind: str | None) -> Task:
     return Task(name, _class_kind(name, kind, len(names)), classes=tuple(names))
 
 
-def _guess(name: str, numbers: Array | None, names: list[Any], rows: int) -> str:
-    if len(names) == 2:
+def guess_kind(name: str, numbers: Array | None, distinct: int, rows: int) -> str:
+    """The kind of a column by the rule at the head of :mod:`polytask.data.targets`.
+
+    Args:
+        name: of the column.
+        numbers: its known labels, where they are numbers.
+        distinct: how many different ones there are.
+        rows: how many there are.
+
+    Raises:
+        InputError: nearly every label is another text.
+    """
+    if distinct == 2:
         return "binary"
     if numbers is None:
-        if len(names) > max(20, rows // 3):
+        if distinct > max(20, rows // 3):
             raise InputError(
-                f"the target {name!r} holds {len(names)} different texts in {rows} rows, too many to be classes"
+                f"the target {name!r} holds {distinct} different texts in {rows} rows, too many to be classes"
             )
         return "multiclass"
     whole = bool((numbers == np.round(numbers)).all())
-    if whole and len(names) <= MOST_CODES:
+    if whole and distinct <= MOST_CODES:
         return "multiclass"
     return "count" if whole and _looks_counted(numbers) else "regression"
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.utils.multiclass import type_of_target
 
-from polytask.data.targets import MOST_CODES, infer_tasks
+from polytask.data.targets import guess_kind
 from polytask.errors import InputError
 from polytask.tasks import Binary, Count, Multiclass, Ordinal, Regression, Task, Tasks
 
@@ -193,13 +193,14 @@ def _infer(column: pd.Series, allowed: Sequence[str], missing_label: int | None)
         if known.nunique() > 2:
             return "multiclass"
         return "binary"
-    if known.nunique() == 2:
-        return "binary"
+    guessed = _guess(known)
+    # as a number, it may be -1 like anything else
+    return guessed if guessed in CLASS_KINDS else _guess(column.dropna())
+
+
+def _guess(known: pd.Series) -> str:
     numbers = known.to_numpy(dtype=np.float64) if _is_number(known) else None
-    if numbers is None or (len(np.unique(numbers)) <= MOST_CODES and (numbers == np.round(numbers)).all()):
-        return "multiclass"
-    # with so many values it is a number, where -1 is a value like any other
-    return infer_tasks(column.to_frame(), [str(column.name)])[str(column.name)].kind.name
+    return guess_kind(str(known.name), numbers, known.nunique(), len(known))
 
 
 def _read(column: pd.Series, kind: str, missing_label: int | None) -> tuple[Task, Array | None]:
@@ -242,7 +243,7 @@ def _numbers(column: pd.Series, name: str, kind: str) -> Task:
     except (ValueError, TypeError) as error:
         raise InputError(f"task {name!r} is a {kind} task and its labels are not numbers") from error
     if np.isinf(values).any():
-        raise InputError(f"task {name!r} has infinite labels")
+        raise InputError(f"task {name!r} has {int(np.isinf(values).sum())} infinite labels")
     known = values[~np.isnan(values)]
     if known.size == 0:
         raise InputError(f"task {name!r} has no label at all")
