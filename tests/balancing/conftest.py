@@ -32,8 +32,12 @@ GENERATED = PROPERTIES | {
 }
 
 
+# defaults that would show nothing within the few steps of a test
+SHORT: dict[str, dict[str, Any]] = {"coba": {"warmup": 3, "window": 8}}
+
+
 def build(method: Method, **options: Any) -> Balancer:
-    return make(method.name, **{**method.example, **options})
+    return make(method.name, **{**method.example, **SHORT.get(method.name, {}), **options})
 
 
 def gradients(

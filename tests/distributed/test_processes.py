@@ -106,3 +106,4 @@ def test_processes_that_disagree_are_told_so_on_every_process(tmp_path: Path) ->
     assert first["nan", "{}"] == "the loss of task 'a' is nan: no gradient was touched"
     assert first["nan", "{'on_nonfinite': 'skip-task'}"] == "('b', 'c') ('a',) True"
     assert first["nan", "{'on_nonfinite': 'skip-step'}"] == "() ('a',) False"
+    assert "which works in one process only" in first["looks", "{}"]

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from polytask.balancing import backward, make
+from polytask.balancing import backward, make, step
 from polytask.errors import InputError
+from polytask.training.several_looks import cut
 
 pytest.importorskip("lightning", reason="Lightning is an optional extra")
 
@@ -147,3 +148,29 @@ def test_modules_that_do_not_fit_are_told(diabetes, tmp_path: Path) -> None:
     silent = OwnModule(diabetes)
     with pytest.raises(InputError, match=r"left no losses in self\.apart"):
         trainer(tmp_path, callbacks=[Balancing("mgda", losses="apart")]).fit(silent, loader(diabetes))
+
+
+@pytest.mark.parametrize("name", ["modo", "auto_lambda", "samo"])
+def test_methods_that_look_again_get_parts_of_every_batch(diabetes, tmp_path: Path, name: str) -> None:
+    model, method = diabetes.model(), make(name)
+    module = MultiTaskModule(
+        model, diabetes.tasks, balancer=name, clip_norm=0.2, optimizer=lambda p: torch.optim.SGD(p, lr=0.05)
+    )
+    trainer(tmp_path, max_epochs=1).fit(module, loader(diabetes))
+    written = diabetes.model()
+    sgd = torch.optim.SGD(written.parameters(), lr=0.05)
+    for batch in loader(diabetes):
+        step(
+            lambda part: diabetes.tasks.losses(written(part[0]), part[1]),
+            cut(batch, len(method.roles)),
+            optimizer=sgd,
+            balancer=method,
+            clip_norm=0.2,
+            shared=written.trunk,
+        )
+    assert_close(model, written)
+
+
+def test_automatic_optimisation_has_no_place_for_another_look() -> None:
+    with pytest.raises(InputError, match=r"modo looks at the model more than once.*MultiTaskModule"):
+        Balancing("modo")

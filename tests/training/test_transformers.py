@@ -155,3 +155,8 @@ def test_one_loss_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"Summed.compute_loss returned Tensor: \{task: loss\} is expected"):
         trainer(tmp_path, Model(), cls=Summed).train()
+
+
+def test_a_method_that_looks_again_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"modo looks at the model more than once.*backward_batches"):
+        trainer(tmp_path, Model(), options={"balancer": "modo"})

@@ -22,7 +22,6 @@ from polytask.registry import register
     needs="several batches",
     aliases=("convergence_balancer",),
     invariances=("permutation", "scale", "single"),
-    example={"warmup": 3, "window": 8},
 )
 class CoBa(LookingBalancer):
     r"""Let all tasks converge alike, and none diverge, by the slopes of their validation losses.

@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from polytask.balancing import Balancer, LossWeighting, backward, make
+from polytask.balancing import Balancer, LossWeighting, backward, backward_batches, make
+from polytask.balancing.looks import looks_again
 from polytask.benchmark.workload import Workload
 from polytask.errors import InputError
 from polytask.models import HardSharing
@@ -87,9 +88,13 @@ class OwnStep:
 
     def __call__(self) -> None:
         self.work.optimizer.zero_grad()
-        losses = self._losses()
-        features = None if self.level == "exact" else self.model.features
-        backward(losses, shared=self.model.trunk, balancer=self.balancer, features=features, level=self.level)
+        if looks_again(self.balancer):  # at this batch each time: the cost is that of as many of its size
+            batches = [None] * len(self.balancer.roles)
+            backward_batches(lambda _: self._losses(), batches, shared=self.model.trunk, balancer=self.balancer)
+        else:
+            losses = self._losses()
+            features = None if self.level == "exact" else self.model.features
+            backward(losses, shared=self.model.trunk, balancer=self.balancer, features=features, level=self.level)
         self.work.optimizer.step()
         if self.balancer.needs_second_evaluation:
             with torch.no_grad():
@@ -97,7 +102,7 @@ class OwnStep:
 
 
 def ours(names: Sequence[str], levels: Sequence[Level] = ("auto",)) -> list[Contender]:
-    """Polytask's methods at the given levels; a method that needs loss values only appears once.
+    """Polytask's methods at the given levels; one that needs loss values only, or more than one look, appears once.
 
     Args:
         names: registered names or aliases; ``famo:one look`` is FAMO on the next step's losses instead of a second forward pass.
@@ -115,7 +120,8 @@ def ours(names: Sequence[str], levels: Sequence[Level] = ("auto",)) -> list[Cont
         if variant not in ("", "one look") or (variant and method.name != "famo"):
             raise InputError(f"there is no variant {variant!r} of {method.name}")
         by_value = issubclass(method.factory, LossWeighting) if isinstance(method.factory, type) else False
-        for level in ("values",) if by_value else wanted:
+        again = looks_again(make(method.name, **options))
+        for level in ("values",) if by_value else ("exact",) if again else wanted:
             engine: Level = "auto" if level == "values" else level  # type: ignore[assignment]
             one = Contender(
                 OURS, f"{method.name}:{variant}" if variant else method.name, level, _own(method.name, options, engine)

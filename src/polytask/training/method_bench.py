@@ -36,7 +36,7 @@ from polytask.training.study_table import StudyRows, StudyTable
 if TYPE_CHECKING:
     import pandas as pd
 
-RUNNABLE = ("losses", "gramian", "jacobian", "second evaluation")
+RUNNABLE = ("losses", "gramian", "jacobian", "second evaluation", "several batches")
 IMAGE_FRACTIONS = (0.5, 0.2, 0.3)
 TABLE_TRAINING = {"epochs": 25, "patience": 5}
 IMAGE_TRAINING = {"epochs": 8, "patience": None, "batch_size": 128, "learning_rate": 6e-3}
