@@ -21,7 +21,7 @@ from polytask.cli import app
 from polytask.errors import InputError
 from polytask.registry import methods
 from polytask.training.data import TaskData
-from polytask.training.merges import Candidate, Lineage, MergeTask, compare, merged
+from polytask.training.merges import Candidate, Lineage, MergeTask, candidate, compare, merged
 from polytask.training.merges.candidates import grid
 from polytask.training.merges.compare import Settings
 
@@ -145,10 +145,33 @@ def test_candidates_of_every_form(tmp_path: Path, how: str) -> None:
     assert found["trials"] == 2
 
 
+def test_systems_join(tmp_path: Path) -> None:
+    """Packed masks give orthogonal experts back; routed experts add what the merged model lacks of each."""
+    asked = [candidate(n, experts=T) for n in ("emr", "tall", "esm_pp")]
+    asked.append(candidate("adamerging", experts=T, options={"steps": 3, "start": [0.3, 0.8]}))
+    found = by_name(compare(tasks(), lineage(), asked, folder=tmp_path))
+    assert {n: found[n]["role"] for n in ("emr", "esm_pp", "adamerging")} == {
+        "emr": "a mask for each task",
+        "esm_pp": "routed experts",
+        "adamerging": "method",
+    }
+    assert (
+        found["emr"]["normalised"]["mean"]
+        == found["tall"]["normalised"]["mean"]
+        == found["esm_pp"]["normalised"]["mean"]
+        == 1
+    )
+    assert found["adamerging"]["chosen"] == [{"steps": 3, "start": 0.8}]
+    with pytest.raises(InputError, match="filter"):
+        candidate("emr", experts=T, filters=["trim"])
+    with pytest.raises(InputError, match="density"):
+        candidate("emr", experts=T, options={"density": 0.1})
+
+
 def test_what_is_finished_is_kept(tmp_path: Path) -> None:
     calls: list[str] = []
 
-    def candidate(name: str, fails: type[BaseException] | None = None) -> Candidate:
+    def counted(name: str, fails: type[BaseException] | None = None) -> Candidate:
         def make(line: Lineage) -> Any:
             calls.append(name)
             if fails is not None:
@@ -158,20 +181,20 @@ def test_what_is_finished_is_kept(tmp_path: Path) -> None:
         return Candidate(name, make)
 
     with pytest.raises(KeyboardInterrupt):
-        compare(tasks(), lineage(), [candidate("one"), candidate("two", KeyboardInterrupt)], folder=tmp_path)
+        compare(tasks(), lineage(), [counted("one"), counted("two", KeyboardInterrupt)], folder=tmp_path)
     assert not (tmp_path / "results.json").exists()
-    resumed = compare(tasks(), lineage(), [candidate("one"), candidate("two")], folder=tmp_path)
+    resumed = compare(tasks(), lineage(), [counted("one"), counted("two")], folder=tmp_path)
     assert calls == ["one", "two", "two"]
-    unbroken = compare(tasks(), lineage(), [candidate("one"), candidate("two")], folder=tmp_path / "other")
+    unbroken = compare(tasks(), lineage(), [counted("one"), counted("two")], folder=tmp_path / "other")
     timed = ("seconds", "search_seconds", "peak_bytes", "tried")
     for a, b in zip(resumed["candidates"], unbroken["candidates"], strict=True):
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
     calls.clear()
     stored = tmp_path / "candidates/one_seed-0.safetensors"
     stored.write_bytes(stored.read_bytes()[:50])
-    compare(tasks(), lineage(), [candidate("one"), candidate("two")], folder=tmp_path)
+    compare(tasks(), lineage(), [counted("one"), counted("two")], folder=tmp_path)
     assert calls == ["one"]
-    compare(tasks(), lineage(), [candidate("one"), candidate("two")], folder=tmp_path, fingerprint="other files")
+    compare(tasks(), lineage(), [counted("one"), counted("two")], folder=tmp_path, fingerprint="other files")
     assert calls == ["one", "one", "two"]
 
 

@@ -4,5 +4,17 @@ from polytask.training.merges.candidates import Candidate, merged
 from polytask.training.merges.compare import Standing, compare
 from polytask.training.merges.config import Comparison, read_comparison
 from polytask.training.merges.lineage import Lineage, MergeTask
+from polytask.training.merges.systems import candidate, every_method
 
-__all__ = ["Candidate", "Comparison", "Lineage", "MergeTask", "Standing", "compare", "merged", "read_comparison"]
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "Lineage",
+    "MergeTask",
+    "Standing",
+    "candidate",
+    "compare",
+    "every_method",
+    "merged",
+    "read_comparison",
+]

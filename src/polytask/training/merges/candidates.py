@@ -12,7 +12,7 @@ import numpy as np
 from polytask.errors import InputError
 from polytask.merging import make, make_filter, merge
 from polytask.merging.base import Merger
-from polytask.registry import Method, find, methods
+from polytask.registry import Method, find
 from polytask.training.merges.lineage import Lineage, Outcome
 
 EXPERTS, BASE, BASELINE = "experts", "base", "task_arithmetic"
@@ -24,9 +24,9 @@ MAIN: dict[str, tuple[float, ...]] = {
     "rank": (0.04, 0.08, 0.16, 0.32),
     "common": (0.4, 0.6, 0.8, 0.9),
     "threshold": (0.2, 0.4, 0.6, 0.8),
-    "alpha": (0.1, 0.5, 0.7, 0.9, 0.95, 1.0),
+    "regmean.alpha": (0.1, 0.5, 0.7, 0.9, 0.95, 1.0),
 }
-"""The option beside the scale that a method is tuned by, and values for it; the first that a method has counts."""
+"""The option beside the scale that a method is tuned by (of one method alone: with its name), and values for it."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,14 @@ def merged(
 
 def grid(method: Method, experts: int, trials: int, fixed: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """The values that are tried of the scale and of the method's main option, as many settings as there are trials."""
-    main = next((o for o in MAIN if o in method.options and o not in fixed), None)
+    own = {o: f"{method.name}.{o}" if f"{method.name}.{o}" in MAIN else o for o in method.options if o not in fixed}
+    main = next((o for o, key in own.items() if key in MAIN), None)
     has_scale = "scale" in method.options
     axes: dict[str, tuple[Any, ...]] = {}
     beside: tuple[Any, ...] = ()
     if main is not None:
         default = method.options[main]
-        others = [v for v in MAIN[main] if v != default]
+        others = [v for v in MAIN[own[main]] if v != default]
         beside = (default, *others[: max(0, trials - 1 if not has_scale else trials // 3)])
     if has_scale:
         axes["scale"] = tuple(
@@ -128,17 +129,6 @@ def _run(method: Method, filters: tuple[str, ...], lineage: Lineage, **options: 
         seed=lineage.seed,
         **options,
     )
-
-
-def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], dict[str, str]]:
-    """All registered methods that can take part, and why the others cannot: {name: reason}."""
-    found, left_out = [], {}
-    for method in methods("merging"):
-        try:
-            found.append(merged(method.name, experts=experts, trials=trials))
-        except InputError as error:
-            left_out[method.name] = str(error)
-    return found, left_out
 
 
 def in_order(candidates: Iterable[Candidate], experts: int, trials: int) -> list[Candidate]:

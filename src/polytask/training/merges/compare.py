@@ -19,10 +19,11 @@ import torch
 import polytask
 from polytask.errors import InputError, StorageError
 from polytask.merging.interference import interference
-from polytask.training.merges.candidates import EXPERTS, TRIALS, Candidate, every_method, in_order
+from polytask.training.merges.candidates import EXPERTS, TRIALS, Candidate, in_order
 from polytask.training.merges.footprint import Cost, measured
 from polytask.training.merges.lineage import Lineage, MergeTask, Outcome, hits
 from polytask.training.merges.summary import summary
+from polytask.training.merges.systems import every_method
 
 STORE, RESULTS = "candidates", "results.json"
 PROXY_ROWS = 32

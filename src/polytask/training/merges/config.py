@@ -15,10 +15,11 @@ from torch import Tensor
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.training.data import TaskData
-from polytask.training.merges.candidates import TRIALS, Candidate, every_method, merged
+from polytask.training.merges.candidates import TRIALS, Candidate
 from polytask.training.merges.compare import PROXY_ROWS
 from polytask.training.merges.lineage import Lineage, MergeTask, State
 from polytask.training.merges.modules import filled, load_function, transformers_model
+from polytask.training.merges.systems import candidate, every_method
 
 KNOWN = ("base", "model", "head", "seeds", "trials", "proxy_rows", "methods", "tasks")
 OF_TASK = ("name", "expert", "validation", "test", "proxy", "head")
@@ -186,7 +187,7 @@ def _candidate(entry: Any, experts: int, trials: int, file: Path) -> Candidate:
     options = {k: v for k, v in said.items() if k not in OF_METHOD}
     filters = _patterns(said.get("filters"))
     if "method" in said:
-        made = merged(str(said["method"]), experts=experts, trials=trials, options=options, filters=filters)
+        made = candidate(str(said["method"]), experts=experts, trials=trials, options=options, filters=filters)
         return made if "name" not in said else _renamed(made, str(said["name"]))
     function = load_function(str(said["candidate"]), file.parent)
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}

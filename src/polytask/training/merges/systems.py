@@ -1,0 +1,101 @@
+"""Candidates that are more than a merged state dict: coefficients learned on inputs, masks a task, routed experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from polytask.errors import InputError
+from polytask.merging.adaptive import adapt
+from polytask.merging.esm_pp import ESMPP
+from polytask.merging.in_memory import merge
+from polytask.merging.masked import pack
+from polytask.merging.matching import skipped
+from polytask.registry import Method, find, methods
+from polytask.training.merges.candidates import TRIALS, Candidate, merged
+from polytask.training.merges.lineage import Lineage, Outcome
+
+ROLES = {"adaptive": "method", "masking": "a mask for each task", "routing": "routed experts"}
+"""What kind of model comes out, by the registry's family: only the first is one model of the base's size."""
+
+
+def system(method: Method, options: Mapping[str, Any], label: str = "") -> Candidate:
+    """A registered method of the families ``adaptive``, ``masking`` and ``routing`` as a candidate.
+
+    Args:
+        method: from the registry.
+        options: a list is searched on validation, anything else is fixed; nothing is searched by itself, as these methods fit themselves.
+        label: for people.
+
+    Raises:
+        InputError: an option that the method has not.
+    """
+    unknown = [o for o in options if o not in method.options]
+    if unknown:
+        raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
+    axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
+    fixed = {n: v for n, v in options.items() if n not in axes}
+    run = {"adaptive": _adapted, "masking": _masked, "routing": _routed}[method.family]
+    statistic = "gramian" if method.family == "routing" else None
+    return Candidate(
+        method.name, partial(run, method), axes, label or method.name, ROLES[method.family], statistic, fixed
+    )
+
+
+def candidate(
+    name: str,
+    *,
+    experts: int,
+    trials: int = TRIALS,
+    options: Mapping[str, Any] | None = None,
+    filters: Sequence[str] = (),
+) -> Candidate:
+    """A registered method of any family that gives models, as a candidate; see :func:`~polytask.training.merges.merged`.
+
+    Raises:
+        InputError: unknown method, filter or option; filters before a method that takes none.
+    """
+    found = find(name)
+    if found.family not in ROLES:
+        return merged(name, experts=experts, trials=trials, options=options, filters=filters)
+    if filters:
+        raise InputError(f"no filter can go before {found.name}")
+    return system(found, options or {})
+
+
+def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], dict[str, str]]:
+    """All registered methods that can take part, and why the others cannot: {name: reason}."""
+    taking_part, left_out = [], {}
+    for family in ("merging", *ROLES):
+        for method in methods(family):
+            try:
+                taking_part.append(candidate(method.name, experts=experts, trials=trials))
+            except InputError as error:
+                left_out[method.name] = str(error)
+    return taking_part, left_out
+
+
+def _adapted(method: Method, lineage: Lineage, **options: Any) -> Outcome:
+    first, state = next(iter(lineage.experts.items()))
+    model = lineage.build(first, state)
+    batches = {task: [inputs] for task, inputs in lineage.proxies.items()}
+    return adapt(
+        model, lineage.base, lineage.experts, batches, method.name, skip=lineage.head, seed=lineage.seed, **options
+    )
+
+
+def _masked(method: Method, lineage: Lineage, **options: Any) -> Outcome:
+    packed = pack(lineage.base, lineage.experts, method.name, skip=lineage.head, **options)
+    return {task: packed.expert(task) for task in lineage.experts}
+
+
+def _routed(method: Method, lineage: Lineage, **options: Any) -> Outcome:
+    """The merged model with routed experts, once with each task's head: routing itself is told no task."""
+    routing: ESMPP = method.factory(**options)
+    gramians = lineage.statistics(routing.statistic)
+    shared = [{n: S for n, S in found.items() if not skipped(n, lineage.head)} for found in gramians]
+    state = merge(
+        lineage.base, lineage.experts, routing.static, skip=lineage.head, statistics=gramians, seed=lineage.seed
+    )
+    return {task: routing.route(lineage.model(task, state), lineage.experts, shared) for task in lineage.experts}
