@@ -190,6 +190,32 @@ def test_validation_that_stands_still_halves_the_rate_down_to_the_least():
     assert balancer.state["lr"] == 1e-4
 
 
+def test_a_metric_below_zero_is_lower_where_it_is_farther_from_it():
+    balancer = make("modified_gradnorm", lr=0.1)
+    balancer.bind(NAMES)
+    for step in range(30):
+        balancer.after_validation(-0.5 - 0.01 * step)
+    assert balancer.state["lr"] == 0.1
+    for _ in range(5):
+        balancer.after_validation(-0.5)
+    assert balancer.state["lr"] == 0.05
+
+
+def test_the_training_loop_tells_what_validation_gave():
+    from polytask.models import HardSharing
+    from polytask.tasks import Regression, Task, Tasks
+    from polytask.training import TaskData, TrainConfig, train
+
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    data = TaskData(x, {n: x[:, i] for i, n in enumerate("ab")})
+    tasks = Tasks([Task(n, Regression(0.0, 1.0)) for n in "ab"])
+    model = HardSharing(torch.nn.Linear(4, 3), {n: torch.nn.Linear(3, 1) for n in "ab"})
+    balancer = make("modified_gradnorm", lr=0.1)
+    config = TrainConfig(epochs=3, batch_size=16, learning_rate=0.01, device="cpu")
+    result = train(model, tasks, data, data, balancer=balancer, config=config)
+    assert balancer.state["best"] == -max(result.history["score"])
+
+
 def test_an_absent_task_keeps_its_share_and_bad_options_are_named():
     net = Net()
     balancer = make("modified_gradnorm", references=net.references(), batches=1)

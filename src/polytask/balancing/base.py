@@ -187,6 +187,9 @@ class Balancer(ABC):
     def begin_epoch(self) -> None:  # noqa: B027
         """Told by the training loop at the start of each epoch; for methods that work on epoch means."""
 
+    def after_validation(self, metric: float) -> None:  # noqa: B027
+        """Told by the training loop what an epoch's validation gave, lower being better; for methods with a schedule of their own."""
+
     def after_step(self, losses: Mapping[str, Tensor], counts: Mapping[str, float | Tensor] | None = None) -> None:
         """Told the losses of the same batch after the optimizer's step, where ``needs_second_evaluation`` asks for them.
 

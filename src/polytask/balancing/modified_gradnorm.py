@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Unpack
 
@@ -97,7 +98,7 @@ class ModifiedGradNorm(LossWeighting):
     def after_validation(self, metric: float) -> None:
         """Halve the step of the weights (not below 1e-4) once the metric, lower being better, has not improved for five epochs."""
         s = self.state
-        better = metric < s["best"] * (1 - 1e-4)
+        better = math.isinf(s["best"]) or metric < s["best"] - 1e-4 * abs(s["best"])
         s["best"], s["worse"] = (metric, 0) if better else (s["best"], s["worse"] + 1)
         if s["worse"] > PLATEAU_PATIENCE:
             s["lr"], s["worse"] = max(s["lr"] * PLATEAU_FACTOR, LEAST_LR), 0

@@ -255,6 +255,8 @@ class _Loop:
         rate = float(self.optimizer.param_groups[0]["lr"])
         figures = {"epoch": state.epoch + 1, "score": score, "seconds": state.epoch_seconds(), "learning_rate": rate}
         add_epoch(state.history, figures, of_tasks, metrics)
+        if score is not None:
+            self.balancer.after_validation(-score)
         state.finish_epoch(score if self.selects else None)
         for tracker in self.trackers:
             tracker.log(row_of(state.history, state.epoch - 1))
