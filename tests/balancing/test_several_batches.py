@@ -135,6 +135,15 @@ def test_modos_step_is_unbiased_where_that_of_one_batch_is_not() -> None:
     assert np.abs(z[False]).max() > 12
 
 
+def test_gs_mgda_is_mgda_with_weights_kept_warm() -> None:
+    J = torch.randn(3, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    method = make("gs_mgda")
+    errors = [relative(method.direction(J), make("mgda").direction(J)) for _ in range(200)]
+    assert errors[0] > 0.05
+    assert errors[-1] < 1e-6
+    assert len(method.roles) == 1
+
+
 @pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6])
 def test_sdmgrad_of_three_batches_tends_to_the_exact_one(noise: float) -> None:
     generator = torch.Generator().manual_seed(1)

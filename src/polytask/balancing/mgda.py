@@ -28,7 +28,7 @@ class MGDA(GramianWeighting):
     with :math:`f = p`, so that :math:`f_i \langle g_i, d\rangle \ge \lVert d\rVert^2` for every task: no task is made
     worse to first order, and d = 0 exactly at Pareto-stationary points. A preference scales the gradients before (the
     weighted form of Momma et al., ICML 2022); without one the weights sum to 1. At representation level this is
-    MGDA-UB.
+    MGDA-UB; with ``every=4`` or so, which keeps the weights for some steps, PSMGD (arXiv:2412.10961).
 
     Args:
         normalization: what each gradient is divided by before: ``none``, its length (``l2``), its loss (``loss``), or

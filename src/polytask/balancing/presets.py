@@ -12,6 +12,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "mtche": ("tchebycheff", {"modified": True}),
     "asf": ("tchebycheff", {"modified": True}),
     "aasf": ("tchebycheff", {"modified": True, "rho": 0.1}),
+    "psmgd": ("mgda", {"every": 4}),
+    "gs_mgda": ("modo", {"batches": 1, "steps": 5, "gamma": 0.1, "rho": 0.0}),
     "softtche": ("stch", {"warmup": None, "mu": 0.1}),
     "stche": ("stch", {"warmup": None, "mu": 0.1}),
 }
