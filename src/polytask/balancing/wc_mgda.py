@@ -49,15 +49,17 @@ class WCMGDA(GramianWeighting):
         l_r = r * losses_for_ray(self, losses)
         C_r = C * r * r[:, None]
         k = float(np.sqrt(np.linalg.eigvalsh(C_r)[-1]))
-        return r * _least(C_r / k**2, -l_r / l_r.max(), self.u, self.precision)
+        return r * _least(C_r / k**2, 1 - l_r / l_r.max(), self.u, self.precision)
 
 
 def _least(C: Matrix, b: Vector, u: float, precision: float) -> Vector:
-    r"""Minimise :math:`b^\top \alpha + u \lVert\alpha\rVert_C` over the simplex."""
+    r"""Minimise :math:`b^\top \alpha + u \lVert\alpha\rVert_C` over the simplex; b is known up to a constant, its least number being 0."""
+    worst = b == b.min()
+    alone = np.asarray(worst / worst.sum())
     if u == 0:
-        smallest = b == b.min()
-        return np.asarray(smallest / smallest.sum())
+        return alone
     R, n = correlation(C)
     a, beta = n.min() / n, b / n
-    y = worst_raised(definite(R, precision), a, beta, u, float(((beta + u) / a).max()))
-    return np.asarray(y * a / (y @ a))
+    y = worst_raised(definite(R, precision), a, beta, u, float(((beta + u) / a).min()))
+    # where losses and lengths spread beyond the numbers' range no support is found
+    return y * a / (y @ a) if y.any() else alone
