@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.optimize
 import torch
 
 from polytask.balancing import GramianWeighting, make
@@ -18,11 +19,13 @@ J2 = torch.tensor([[1, 2, -1, 0.5], [-2, 0.5, 1, 1], [0.3, -1, 2, -0.4]], dtype=
 L1, L2 = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 3.0], [0.5, 2.0, 1.0]))
 EVEN, P = [1.0, 1.0], [0.5, 1.0, 1.5]
 ON_RAY = 2 * torch.tensor(P, dtype=torch.float64)
+NEAR_RAY = ON_RAY * torch.tensor([1.01, 0.99, 1.005], dtype=torch.float64)
 
 STORED = [
     ("epo", {}, J1, L1, EVEN, [0.02815916, 0.97184084]),
     ("epo", {}, J2, L2, P, [0.0, 1.0, 0.0]),
     ("epo", {}, J2, ON_RAY, P, [0.22569279, 0.67050757, 0.10379964]),
+    ("epo", {}, J2, NEAR_RAY, P, [0.41306795, 0.30956384, 0.27736821]),
     ("ferero", {}, J1, L1, EVEN, [0.42323544, 0.57676456]),
     ("ferero", {}, J2, L2, P, [0.49219615, 0.6824718, 0.38095342]),
     ("ferero", {}, J2, ON_RAY, P, [0.1828729, 0.07785801, 0.22047036]),
@@ -194,3 +197,82 @@ class TestPMTL:
             make("pmtl", others=[[1.0, -1.0]])
         with pytest.raises(InputError, match=r"the ray \[1.0, 2.0\] of pmtl has 2 numbers for 3 tasks"):
             make("pmtl", others=[[1.0, 2.0]]).bind(["a", "b", "c"])
+
+
+def problems(count: int):
+    """Random gradients of 2 to 9 tasks, some in too few dimensions, with losses and preferences over two decades each."""
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        tasks = int(rng.integers(2, 10))
+        G = rng.standard_normal((tasks, max(1, tasks + int(rng.integers(-2, 6))))) + 0.3
+        G /= np.sqrt((G * G).sum() / tasks)
+        yield G @ G.T, 10 ** rng.uniform(-1, 1, tasks), 10 ** rng.uniform(-1, 1, tasks)
+
+
+class TestOptimality:
+    """The conditions that make a point the solution of a convex problem, on gradients of mean squared length 1."""
+
+    def solved(self, name: str, C: np.ndarray, L: np.ndarray, p: np.ndarray, **options: object) -> np.ndarray:
+        balancer = make(name, preference=p.tolist(), **options)
+        assert isinstance(balancer, GramianWeighting)
+        return balancer.weights(torch.as_tensor(C), torch.as_tensor(L)).numpy()
+
+    def test_ferero(self):
+        for C, L, p in problems(60):
+            w, u, rho = self.solved("ferero", C, L, p, ridge=0.01), p / np.linalg.norm(p), 0.01
+            h, slope = L / np.linalg.norm(L), C @ w
+            nu = (h - (h @ u) * u - (slope - (slope @ u) * u)) / rho  # stationary across the ray
+            lam = w - nu
+            assert lam.min() > -1e-7
+            assert lam.sum() == pytest.approx(1, abs=1e-7)
+            assert slope[lam > 1e-6].max() == pytest.approx(slope.min(), abs=1e-7)
+
+    @pytest.mark.parametrize("u", [0.01, 0.3, 10.0])
+    def test_wc_mgda(self, u):
+        for C, L, p in problems(60):
+            r = len(p) ** -1 * p.sum() / p
+            alpha = self.solved("wc_mgda", C, L, p, u=u) / r
+            assert alpha.min() >= 0
+            assert alpha.sum() == pytest.approx(1)
+            C_r, l_r = C * np.outer(r, r), r * L
+            length = np.sqrt(max(alpha @ C_r @ alpha, 0.0) * np.linalg.eigvalsh(C_r)[-1])
+            if length > 1e-6:  # elsewhere the norm has no derivative
+                slope = u * C_r @ alpha / length - l_r / l_r.max()
+                assert slope[alpha > 1e-6].max() == pytest.approx(slope.min(), abs=1e-5)
+
+    @pytest.mark.parametrize("on_ray", [False, True])
+    def test_epo(self, on_ray):
+        for C, L, p in problems(40):
+            if on_ray:
+                L = p
+            w = self.solved("epo", C, L, p)
+            share = L / p / (L / p).sum()
+            mu = share @ np.log(len(p) * share)
+            Ca = C @ ((np.log(len(p) * share) - mu) * p.mean() / p)
+            if on_ray:
+                gain, least, A = C.sum(0), np.zeros(len(p)), C
+            else:
+                limits = np.where(share == share.max(), 0.0, np.where(Ca > 0, -np.inf, Ca))
+                gain, least, A = Ca, limits if (Ca > 0).any() else np.zeros(len(p)), C
+            rows = np.isfinite(least)
+            best = scipy.optimize.linprog(-gain, -A[rows], -least[rows], np.ones((1, len(p))), [1.0])
+            if best.status == 0:
+                assert gain @ w == pytest.approx(-best.fun, abs=1e-7)
+                assert (A @ w - least)[rows].min() >= -1e-8
+            else:
+                assert w == pytest.approx(p / p.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["epo", "ferero", "pmgda", "pmtl", "wc_mgda"])
+def test_no_spread_of_scales_breaks_a_solver(name, dtype):
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        tasks = int(rng.integers(1, 8))
+        G = rng.standard_normal((tasks, max(1, tasks - seed % 3))) * 10 ** rng.uniform(-4, 4, (tasks, 1))
+        if tasks > 2:
+            G[-1] = (-1) ** seed * G[0]
+        preference, L = (10 ** rng.uniform(-2, 2, tasks)).tolist(), 10 ** rng.uniform(-4, 4, tasks)
+        d = make(name, preference=preference).direction(torch.as_tensor(G).to(dtype), torch.as_tensor(L).to(dtype))
+        assert bool(torch.isfinite(d).all())
+        assert float(d.norm()) <= 1e3 * float(np.linalg.norm(G)) * max(1.0, 1 / min(preference))

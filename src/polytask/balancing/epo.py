@@ -12,6 +12,8 @@ from polytask.errors import InputError
 from polytask.linalg import correlation, linear_program
 from polytask.registry import register
 
+BALANCED = 1e-6  # below which the losses' rounding decides where the ray lies
+
 
 @register(
     "epo",
@@ -62,17 +64,16 @@ class EPO(GramianWeighting):
                 least = np.where(l_hat == l_hat.max(), 0.0, np.where(Ca > 0, -np.inf, Ca))
             w = _best(C, Ca, least)
         else:
-            w = _best(C, C.sum(0), np.zeros(k), Ca, min(0.0, float(Ca.max())))
+            w = _best(C, C.sum(0), np.zeros(k), Ca / r.max())
         return p / p.sum() if w is None else w
 
 
-def _best(C: Matrix, gain: Vector, least: Vector, also: Vector | None = None, at_least: float = 0.0) -> Vector | None:
-    """The point w of the simplex with the largest gain'w, Cw >= least, and also'w >= at_least: solved in unit vectors y = w n / min n."""
+def _best(C: Matrix, gain: Vector, least: Vector, balance: Vector | None = None) -> Vector | None:
+    """The w of the simplex with the largest gain'w, Cw >= least and balance'w >= min(0, max balance), by unit vectors: y = w n / min n."""
     R, n = correlation(C)
     unit = n.min() / n
     A, b = R, least / (n * n.min())
-    if also is not None and np.abs(also).max() > 0:
-        size = float(np.abs(also * unit).max())
-        A, b = np.vstack([A, also * unit / size]), np.append(b, at_least / size)
+    if balance is not None and np.abs(row := balance * unit / (n.min() * n.max())).max() > BALANCED:
+        A, b = np.vstack([A, row]), np.append(b, min(0.0, float(balance.max())) / (n.min() * n.max()))
     y = linear_program(gain * unit / np.abs(gain * unit).max(), A, b, unit)
     return None if y is None else y * unit
