@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from polytask.benchmark.contenders import Key
+from polytask.registry import methods
 
 STEPS = 2
 TIMEOUT = 600.0
@@ -29,7 +30,8 @@ def peak_bytes(trunk: str, n_tasks: int, key: Key | None, beside: Sequence[Path]
     if not sys.platform.startswith("linux"):
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["polytask.benchmark.steps", "polytask.balancing"])
+    known = [m.factory.__module__ for m in methods()]
+    context.set_forkserver_preload(["polytask.benchmark.steps", *dict.fromkeys(known)])
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(there, trunk, n_tasks, key, tuple(beside)))
     child.start()
