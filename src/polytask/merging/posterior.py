@@ -32,6 +32,7 @@ class Posterior:
         anchor: :math:`D_a`.
         square: :math:`\sum_k c_k \operatorname{tr}\bigl((D_k - D_a) G_k (D_k - D_a)^\top\bigr)`.
         total: :math:`\sum_k c_k`.
+        rows: how many inputs of an expert stand behind its G; 1 where task vectors do.
     """
 
     S: Float[Tensor, "d d"]
@@ -39,6 +40,7 @@ class Posterior:
     anchor: Float[Tensor, "m d"]
     square: float
     total: float
+    rows: float = 1.0
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class Posterior:
         G: Iterable[Float[Tensor, "d d"]],
         c: Sequence[float],
         anchor: Float[Tensor, "m d"],
+        rows: float = 1.0,
     ) -> Self:
         """Add up over experts; of the Gramians one is held at a time."""
         D_a = anchor.double()
@@ -58,7 +61,7 @@ class Posterior:
             S.add_(G_k, alpha=c_k)
             R.add_(answered, alpha=c_k)
             square += c_k * float((answered * away).sum())
-        return cls(S, R, D_a, square, sum(c))
+        return cls(S, R, D_a, square, sum(c), rows)
 
     def mean(self, strength: float, jitter: float = JITTER) -> Float[Tensor, "m d"]:
         r"""The posterior mean.
@@ -90,7 +93,7 @@ class Posterior:
         return self.mean(strength, jitter) + sigma * noise
 
     def residual(self, D: Float[Tensor, "m d"]) -> float:
-        r"""The root mean square of :math:`(D_k - D) x` over experts, their inputs and outputs: an estimate of :math:`\sigma`."""
+        r"""The root mean square of :math:`(D_k - D) x` over experts, their inputs and outputs: noise of one answer."""
         away = D.double() - self.anchor
         square = self.square - 2 * float((self.R * away).sum()) + float(((away @ self.S) * away).sum())
         return math.sqrt(max(square, 0.0) / (self.total * len(D)))

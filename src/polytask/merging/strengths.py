@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -15,6 +16,7 @@ from polytask.merging.base import PerExpert, per_expert
 from polytask.merging.bayesian_search import Found, search
 from polytask.merging.in_memory import State
 from polytask.merging.posterior import JITTER, Gram, Posterior, own_moment, second_moments
+from polytask.merging.statistics import rows
 
 LOG_STRENGTH = (-4.0, 2.0)
 SCALE = (0.5, 1.5)
@@ -88,7 +90,8 @@ class Posteriors:
             columns = [name, bias_of(name)] if jointly and bias_of(name) in base else [name]
             D = torch.stack([_joined(e, columns) - _joined(base, columns) for e in experts])
             moments = second_moments(D, given, gram, bias=len(columns) == 2) if given else map(own_moment, D)
-            layers[name] = Posterior.of(D, moments, c, _joined(anchor, columns) - _joined(base, columns))
+            n = sum(map(rows, given)) / len(given) if given else 1.0
+            layers[name] = Posterior.of(D, moments, c, _joined(anchor, columns) - _joined(base, columns), n)
         if not layers:
             raise InputError("there is no matrix to be fitted, or the statistics are of other tensors")
         return cls(base, anchor, layers)
@@ -116,13 +119,14 @@ class Posteriors:
         Args:
             strength: as in :meth:`merged`.
             scale: as in :meth:`merged`.
-            sigma: the standard deviation of an expert's answers; the root mean square of what the mean leaves when omitted.
+            sigma: the standard deviation of an expert's answers taken together, as G takes them; when omitted, the root mean square of
+                what the mean leaves, over the root of the number of inputs.
             seed: of the draw.
         """
         generator = torch.Generator().manual_seed(seed)
         drawn = {}
         for name, p in self.layers.items():
-            own = p.residual(p.mean(_at(strength, name))) if sigma is None else sigma
+            own = p.residual(p.mean(_at(strength, name))) / math.sqrt(max(p.rows, 1.0)) if sigma is None else sigma
             drawn[name] = p.sample(_at(strength, name), own, generator)
         return self._state(drawn, scale)
 
@@ -163,7 +167,7 @@ class Posteriors:
             return self.merged({n: strengths[g] for n, g in groups.items()}, {n: gammas[g] for n, g in groups.items()})
 
         bounds = [log_strengths] * len(names) + ([scales] * len(names) if scales is not None else [])
-        first = [[float(torch.tensor(s).log10())] * len(names) + [1.0] * (len(names) * free) for s in start]
+        first = [[math.log10(s)] * len(names) + [1.0] * (len(names) * free) for s in start]
         found = search(lambda z: evaluate(state(z.tolist())), bounds, budget=budget, how=how, start=first, seed=seed)
         return Tuned(*parameters(found.best.z), state(found.best.z), found)
 

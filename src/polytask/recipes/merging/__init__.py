@@ -1,0 +1,1 @@
+"""Many fine-tuned models into one."""
