@@ -226,7 +226,8 @@ def budget(settings: Settings) -> str:
     rates = ", ".join(f"{config.learning_rate * r:.2g}" for r in learning_rates(settings.trials))
     stop = f", stopped after {config.patience} without a better validation score" if config.patience else ""
     return (
-        f"Every training has the same network, optimizer and at most {config.epochs} epoch{'s' * (config.epochs > 1)}{stop}; the epoch is chosen on validation rows. "
+        f"Every training has the same network, optimizer and at most {config.epochs} epoch{'s' * (config.epochs > 1)}{stop}; "
+        "the epoch is chosen on validation rows. "
         f"Every row has {settings.trials} trial{'s' * (settings.trials > 1)} on the first seed, judged on validation rows "
         f"(weights for the tuned scalarization, at learning rate {config.learning_rate:.2g}; learning rates {rates} for all others), and "
         f"the best one {len(settings.seeds)} seeds. Balancing methods keep the other options of their papers."
