@@ -20,6 +20,7 @@ from polytask.merging.coefficients import (
     expert_probabilities,
     fit_coefficients,
     fit_ensemble,
+    search_coefficients,
     train_router,
 )
 from polytask.merging.fusion import ensemble, forward_multiplier, fusion_report, merge, route
@@ -212,6 +213,23 @@ def test_coefficients_find_the_expert_that_made_the_labels(per: str, simplex: bo
         assert int(each.argmax()) == 2
         assert not simplex or float(each.sum()) == pytest.approx(1, rel=1e-5)
     assert F.cross_entropy(merge(lib, w)(inputs), truth) < 0.5 * before
+
+
+def test_coefficients_are_found_without_gradients() -> None:
+    lib = library()
+    inputs = draw(200, WIDTH, seed=11)
+    truth = alone(lib, 2)(inputs).argmax(-1)
+
+    @torch.no_grad()
+    def loss(model: nn.Module) -> float:
+        return float(F.cross_entropy(model(inputs), truth))
+
+    w = search_coefficients(lib, loss, budget=20)
+    assert int(w.argmax()) == 2
+    assert float(w.abs().max()) <= 1.5
+    assert loss(merge(lib, w)) < 0.6 * loss(merge(lib))
+    # the penalty alone is least at the base, which is tried first
+    assert search_coefficients(lib, loss, penalty=1e6, budget=5).tolist() == [0.0, 0.0, 0.0]
 
 
 def test_a_start_at_one_expert_stays_there_without_steps() -> None:

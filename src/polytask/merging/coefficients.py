@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.errors import InputError
+from polytask.merging.bayesian_search import search
 from polytask.merging.fusion import logits_of
 from polytask.merging.library import ExpertLibrary
 from polytask.merging.routed import forcing, routed_layers
@@ -98,6 +99,39 @@ def fit_coefficients(
     _descend([a], step, batches, steps, learning_rate)
     found = {names[n]: w.detach().clone() for n, w in weights().items()}
     return found if per == "layer" else next(iter(found.values()))
+
+
+def search_coefficients(
+    library: ExpertLibrary,
+    loss: Callable[[nn.Module], float],
+    *,
+    bound: float = 1.5,
+    penalty: float = 0.05,
+    budget: int = 60,
+    how: Literal["gp", "random", "grid"] = "gp",
+    seed: int = 0,
+) -> Float[Tensor, " experts"]:
+    r"""The weights of :math:`W_0 + \sum_k w_k B_k A_k` without gradients, for losses that have none (LoraHub, arXiv:2307.13269).
+
+    .. math:: \min_{|w_k| \le b}\ L(w) + \frac{\alpha}{K} \sum_k |w_k|
+
+    Args:
+        library: the experts.
+        loss: L of a merged model, lower is better.
+        bound: b.
+        penalty: :math:`\alpha`.
+        budget: how many merges are tried, the base and the uniform one first.
+        how: see :func:`~polytask.merging.bayesian_search.search`.
+        seed: of the search.
+    """
+    K = len(library.names)
+
+    def value(z: Any) -> float:
+        w = torch.as_tensor(z, dtype=torch.float32)
+        return -loss(library.merged(w)) - penalty * float(w.abs().mean())
+
+    found = search(value, [(-bound, bound)] * K, budget=budget, how=how, start=[[0.0] * K, [1 / K] * K], seed=seed)
+    return torch.tensor(found.best.z, dtype=torch.float32)
 
 
 def train_router(
