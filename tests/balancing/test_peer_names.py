@@ -55,7 +55,8 @@ def test_name(name):
     ("name", "means"),
     [
         ("EW", "equal"), ("UW", "uncertainty"), ("GLS", "geometric_mean"), ("Random", "rlw"), ("IMTLL", "imtl_l"), ("Tche", "tchebycheff"),
-        ("MGDA_UB", "mgda"), ("SMG", "mgda"), ("scaleinvls", "scale_invariant"), ("LOG_IMTLG", "imtl_g"), ("log_imtl", "imtl_g"),
+        ("MGDA_UB", "mgda"), ("SMG", "mgda"), ("PSMGD", "mgda"),
+        ("scaleinvls", "scale_invariant"), ("LOG_IMTLG", "imtl_g"), ("log_imtl", "imtl_g"),
         ("log_sum", "scale_invariant"), ("invagg", "inverse"), ("IMTL", "imtl"),
     ],
 )  # fmt: skip

@@ -9,10 +9,10 @@ from polytask.registry import Method, find, spelling
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "log_imtl": ("imtl_g", {"log_losses": True}),  # the benchmark scripts' IMTL is IMTL-G
+    "psmgd": ("mgda", {"every": 4}),  # periodic stochastic multi-gradient descent, arXiv:2412.10961
     "mtche": ("tchebycheff", {"modified": True}),
     "asf": ("tchebycheff", {"modified": True}),
     "aasf": ("tchebycheff", {"modified": True, "rho": 0.1}),
-    "psmgd": ("mgda", {"every": 4}),
     "gs_mgda": ("modo", {"batches": 1, "steps": 5, "gamma": 0.1, "rho": 0.0}),
     "softtche": ("stch", {"warmup": None, "mu": 0.1}),
     "stche": ("stch", {"warmup": None, "mu": 0.1}),
