@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from polytask.autograd import gramian, jacobian, layerwise_gramian
+from polytask.autograd import gramian, jacobian, layerwise_gradients, layerwise_gramian
 from polytask.autograd.layerwise import streaming_pays
 
 
@@ -96,6 +96,56 @@ def test_equals_the_gramian_of_the_jacobian(name, n_tasks):
     reference = gramian(J)
     norms = reference.diagonal().sqrt()
     assert ((C - reference).abs() <= 1e-4 * torch.outer(norms, norms)).all()
+
+
+@pytest.mark.parametrize("name", TRUNKS)
+def test_combinations_of_what_layers_held(name):
+    torch.manual_seed(0)
+    build, shape = TRUNKS[name]
+    trunk = build()
+    z = trunk(torch.randn(*shape))
+    losses = [(nn.Linear(8, 1)(z) ** 2).mean() for _ in range(3)]
+    parameters, w = list(trunk.parameters()), torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    combined = layerwise_gradients(losses, parameters, 2**20).combination(w)
+    assert combined is not None
+    found = {id(p): g for p, g in combined}
+    expected = torch.autograd.grad((w * torch.stack(losses)).sum(), parameters)
+    assert set(found) == {id(p) for p in parameters}
+    largest = max(float(g.abs().max()) for g in expected)
+    for p, g in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(found[id(p)], g, rtol=1e-4, atol=1e-5 * largest)
+
+
+def test_combinations_of_tasks_that_do_not_meet():
+    torch.manual_seed(0)
+    a, b = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    losses = [a(x).square().mean(), b(x).exp().mean(), (a(x) * b(x)).sum()]
+    parameters, w = [*a.parameters(), *b.parameters()], torch.tensor([2.0, 3.0, 5.0], dtype=torch.float64)
+    combined = dict(layerwise_gradients(losses, parameters, 1000).combination(w))
+    expected = torch.autograd.grad((w * torch.stack(losses)).sum(), parameters)
+    for p, g in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(combined[p], g)
+
+
+def test_what_is_too_much_to_hold_is_let_go():
+    layer = nn.Linear(16, 8)
+    z = layer(torch.randn(4, 16))
+    losses = [(z * k).sin().mean() for k in range(1, 4)]
+    w = torch.ones(3, dtype=torch.float64)
+    rows = 3 * (4 * 8 + 8)  # cotangents of the output and gradients of the bias, the cheaper form
+    assert layerwise_gradients(losses, list(layer.parameters()), rows).combination(w) is not None
+    assert layerwise_gradients(losses, list(layer.parameters()), rows - 1).combination(w) is None
+
+
+def test_long_rows_are_multiplied_as_exactly_as_short_ones():
+    """Sums of a million products in float32 alone would be off by a thousandth of a percent."""
+    rows = 1 + 0.01 * torch.randn(3, 1_000_003, generator=torch.Generator().manual_seed(0))
+    exact = rows.double() @ rows.double().T
+    assert ((gramian(rows) - exact).abs() <= 2e-7 * exact).all()
+    columns = torch.randn(3, 20_011)[:, 3:9_000]
+    exact = columns.double() @ columns.double().T
+    assert ((gramian(columns) - exact).abs() <= 2e-7 * exact.diagonal().max()).all()
 
 
 def test_some_parameters_and_tasks_that_do_not_meet():

@@ -5,7 +5,7 @@ from polytask.autograd.fan_out import Copies, FanOut, Junction, LinearHeads
 from polytask.autograd.gramian import gramian
 from polytask.autograd.graph import leaves
 from polytask.autograd.jacobian import jacobian
-from polytask.autograd.layerwise import layerwise_gramian
+from polytask.autograd.layerwise import LayerwiseGradients, layerwise_gradients, layerwise_gramian
 from polytask.autograd.named_losses import Losses, named_losses
 from polytask.autograd.partition import Group, Parameters, Shared, partition
 from polytask.autograd.processes import DisjointGradients, Processes, SlicedGradients
@@ -19,6 +19,7 @@ __all__ = [
     "FanOut",
     "Group",
     "Junction",
+    "LayerwiseGradients",
     "LinearGradients",
     "LinearHeads",
     "Losses",
@@ -31,6 +32,7 @@ __all__ = [
     "directional_derivatives",
     "gramian",
     "jacobian",
+    "layerwise_gradients",
     "layerwise_gramian",
     "leaves",
     "named_losses",

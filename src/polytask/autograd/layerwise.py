@@ -7,14 +7,15 @@ moment, their inner products are added to the Gramian, and they are let go.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.autograd.gramian import gramian
+from polytask.autograd.gramian import gramian, products
 
 Lanes = list[Tensor | None]
 
@@ -22,41 +23,97 @@ Lanes = list[Tensor | None]
 SURVIVING = 1e-3
 # numbers held at once where the weight matrix is smaller: 4 MB in float32
 SLICE = 2**20
+# a product with a triangular matrix is taken in so many bands
+BANDS = 4
 
 
 class UnsupportedGraphError(RuntimeError):
     """The graph holds a node that cannot be run by itself; take the Jacobian instead."""
 
 
+@dataclass
+class Layer:
+    """What tells the gradients of one parameter for the tasks that reach it.
+
+    Attributes:
+        parameter: a leaf of the graph.
+        present: positions of the tasks.
+        D: their gradients, shape (present, ...); for a linear layer's weight the cotangents of its output, (present, examples, outputs).
+        X: the linear layer's input, shape (examples, inputs); None for other parameters.
+    """
+
+    parameter: Tensor
+    present: list[int]
+    D: Tensor
+    X: Tensor | None = None
+
+    def combination(self, w: Float[Tensor, " tasks"]) -> Tensor:
+        """sum_k w_k g_k."""
+        mixed = torch.tensordot(w[self.present].to(self.D), self.D, 1)
+        gradient: Tensor = mixed if self.X is None else mixed.T @ self.X
+        return gradient.view_as(self.parameter)
+
+
+class LayerwiseGradients:
+    """Gradients of several losses as their Gramian and, where that is little to hold, what their combinations are made of.
+
+    Attributes:
+        gramian: inner products, shape (tasks, tasks), float64.
+    """
+
+    def __init__(self, gramian: Float[Tensor, "tasks tasks"], layers: list[Layer] | None) -> None:
+        self.gramian = gramian
+        self._layers = layers
+
+    def combination(self, w: Float[Tensor, " tasks"]) -> Iterator[tuple[Tensor, Tensor]] | None:
+        """Each parameter that a loss reaches with its sum_k w_k g_k, once, one after another; None where too much would have been held."""
+        if self._layers is None:
+            return None
+        layers, self._layers = self._layers[::-1], None
+        return ((layer.parameter, layer.combination(w)) for layer in iter(_popped(layers), None))
+
+
+def _popped(layers: list[Layer]) -> Callable[[], Layer | None]:
+    return lambda: layers.pop() if layers else None
+
+
 def layerwise_gramian(
     losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor]
 ) -> Float[Tensor, "tasks tasks"]:
+    """The Gramian of :func:`layerwise_gradients` alone."""
+    return layerwise_gradients(losses, parameters, 0).gramian
+
+
+def layerwise_gradients(
+    losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor], hold: int
+) -> LayerwiseGradients:
     r"""Inner products :math:`C_{kl} = \sum_p \langle \nabla_p L_k, \nabla_p L_l\rangle` of exact parameter gradients.
 
     Linear layers with input X (examples x in) and cotangents D_k (examples x out) never form their K weight gradients where
 
     .. math:: \langle X^\top D_k, X^\top D_l\rangle = \langle D_k, (XX^\top) D_l\rangle
 
-    is cheaper and not endangered by cancellation.
+    is cheaper and not endangered by cancellation; nor for a combination, which is :math:`(\sum_k w_k D_k)^\top X`.
 
     Args:
         losses: K scalars with graph; the graph is kept.
         parameters: the tensors differentiated with respect to, leaves of the graph.
+        hold: how many numbers may be held for combinations; beyond, they are let go.
 
     Returns:
-        C, shape (K, K), float64. Cost: K backward passes (less for linear layers with few examples); memory of K cotangents at
-        the widest cut of the graph and of K gradients of one layer.
+        C, shape (K, K), and the means of combinations. Cost: K backward passes (less for linear layers with few examples); memory of K
+        cotangents at the widest cut of the graph, of K gradients of one layer, and of what is held.
 
     Raises:
         UnsupportedGraphError: a node that refuses to run outside the engine; hooks on intermediate tensors are not called.
     """
-    walk = _Walk(losses, {id(p) for p in parameters})
+    walk = _Walk(losses, {id(p) for p in parameters}, hold)
     with torch.no_grad():
-        return walk.run()
+        return LayerwiseGradients(walk.run(), walk.held)
 
 
 def streaming_pays(losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor]) -> bool:
-    """Whether most parameters sit in linear layers whose weight gradients need not be formed, at a third of the cost or less.
+    """Whether most parameters sit in linear layers whose weight gradients need not be formed, at six tenths of the cost or less.
 
     Args:
         losses: K scalars with graph.
@@ -66,18 +123,20 @@ def streaming_pays(losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Ten
         A rule of shapes alone: the same model and batch size give the same answer on every machine. Cost: one visit a node.
     """
     sizes = {id(p): p.numel() for p in parameters}
-    walk = _Walk(losses, set(sizes))
+    walk = _Walk(losses, set(sizes), 0)
     covered = 0
     for node, needed in walk.needed.items():
         linear = _Linear.match(node, walk.wanted, walk.readers) if needed else None
-        if linear is not None and 3 * linear.product_cost(walk.K) <= linear.direct_cost(walk.K):
+        if linear is not None and linear.saves(walk.K):
             covered += linear.X.shape[1] * linear.outputs
     return 2 * covered > sum(sizes.values())
 
 
 class _Walk:
-    def __init__(self, losses: Sequence[Tensor], wanted: set[int]) -> None:
+    def __init__(self, losses: Sequence[Tensor], wanted: set[int], hold: int) -> None:
         self.wanted = wanted
+        self.held: list[Layer] | None = [] if hold else None
+        self.room = hold
         self.K = len(losses)
         self.C = torch.zeros(self.K, self.K, dtype=torch.float64, device=losses[0].device)
         self.needed: dict[Any, bool] = {}
@@ -118,7 +177,7 @@ class _Walk:
             arrived = self.lanes.pop(node, {})
             if hasattr(node, "variable"):
                 if 0 in arrived:
-                    self._add(arrived[0])
+                    self._add(node.variable, arrived[0])
                 continue
             linear = _Linear.match(node, self.wanted, self.readers)
             if arrived:
@@ -144,16 +203,22 @@ class _Walk:
             before = slot[k]
             slot[k] = g if before is None else before + g
 
-    def _add(self, lanes: Lanes) -> None:
+    def _add(self, parameter: Tensor, lanes: Lanes) -> None:
         """Take the gradients of one parameter into the Gramian."""
         present = [k for k, g in enumerate(lanes) if g is not None]
         if present:
             rows = torch.stack([g.reshape(-1) for g in lanes if g is not None])
-            self.add(present, gramian(rows))
+            self.add(gramian(rows), Layer(parameter, present, rows))
 
-    def add(self, present: list[int], C: Tensor) -> None:
-        """Add the inner products of the tasks present to the Gramian."""
-        self.C[torch.tensor(present)[:, None], torch.tensor(present)] += C
+    def add(self, C: Tensor, layer: Layer) -> None:
+        """Add the inner products of the tasks present to the Gramian, and hold their gradients while there is room."""
+        at = torch.tensor(layer.present)
+        self.C[at[:, None], at] += C
+        self.room -= layer.D.numel()
+        if self.room < 0:
+            self.held = None
+        elif self.held is not None:
+            self.held.append(layer)
 
 
 def _fitted(g: Tensor, child: Any, output: int) -> Tensor:
@@ -201,6 +266,7 @@ class _Linear:
         self.place = 1 if bias else 0
         self.node, self.bias = node, bias
         self.consumed = (node.next_functions[self.place + 1][0],)
+        self.weight: Tensor = self.consumed[0].next_functions[0][0].variable
 
     @classmethod
     def match(cls, node: Any, wanted: set[int], readers: dict[Any, int]) -> _Linear | None:
@@ -223,7 +289,7 @@ class _Linear:
     def backward(self, arrived: dict[int, Lanes], walk: _Walk) -> list[tuple[int, Lanes]]:
         present = [k for k, g in enumerate(arrived[0]) if g is not None]
         D = torch.stack([g for g in arrived[0] if g is not None])
-        walk.add(present, self._weight_gramian(D))
+        walk.add(self._weight_gramian(D), Layer(self.weight, present, D, self.X))
         found: list[tuple[int, Lanes]] = []
         if self.bias:
             found.append((0, _scatter(present, D.sum(1), walk.K)))
@@ -240,15 +306,21 @@ class _Linear:
     def product_cost(self, K: int) -> int:
         """Multiplications to get the same inner products from X and the cotangents."""
         (N, i), o = self.X.shape, self.outputs
-        return N * N * i + K * N * N * o + K * K * N * o
+        return N * N * i + K * N * N * o * (BANDS + 1) // (2 * BANDS) + K * K * N * o
+
+    def saves(self, K: int) -> bool:
+        """Whether inner products from X and the cotangents, and one weight gradient for the combination, cost much less than K."""
+        one = self.X.numel() * self.outputs
+        return 10 * (self.product_cost(K) + one) <= 6 * self.direct_cost(K)
 
     def _weight_gramian(self, D: Float[Tensor, "tasks examples outputs"]) -> Float[Tensor, "tasks tasks"]:
         K, _, o = D.shape
         i = self.X.shape[1]
         if self.product_cost(K) < self.direct_cost(K):
             flat = D.reshape(K, -1)
-            C = ((self.X @ self.X.T) @ D).reshape(K, -1).double() @ flat.double().T
-            bound = SURVIVING * self.X.double().square().sum() * flat.double().square().sum(1)
+            half = products(_upper(self.X @ self.X.T, D).reshape(K, -1), flat)
+            C = half + half.T
+            bound = SURVIVING * self.X.double().square().sum() * torch.linalg.vector_norm(flat, dim=1).double() ** 2
             if bool((C.diagonal() >= bound).all()):
                 return C
         C = torch.zeros(K, K, dtype=torch.float64, device=D.device)
@@ -258,6 +330,18 @@ class _Linear:
             piece = D[:, :, start : start + width].transpose(1, 2) @ self.X
             C += gramian(piece.flatten(1))
         return C
+
+
+def _upper(
+    S: Float[Tensor, "examples examples"], D: Float[Tensor, "tasks examples outputs"]
+) -> Float[Tensor, "tasks examples outputs"]:
+    """U D for S = U + U', U upper triangular: of a symmetric form <D_k, S D_l> one half tells the other."""
+    U = S.triu()
+    U.diagonal().mul_(0.5)
+    result, width = torch.empty_like(D), -(-len(S) // BANDS)
+    for start in range(0, len(S), width):
+        result[:, start : start + width] = U[start : start + width, start:] @ D[:, start:]
+    return result
 
 
 def _scatter(present: list[int], values: Tensor, K: int) -> Lanes:

@@ -18,7 +18,7 @@ from polytask.autograd import (
     SlicedGradients,
     TaskGradients,
     jacobian,
-    layerwise_gramian,
+    layerwise_gradients,
     leaves,
     partition,
 )
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 # a Jacobian of more bytes than this is not held where the method needs its Gramian only
 STREAM_ABOVE = 2**28
+# numbers that may be held for combinations where the parameters themselves are fewer: 16 MB in float32
+HOLD = 2**22
 
 
 def exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
@@ -67,12 +69,22 @@ def _streams(step: Step, group: Group) -> bool:
 
 
 def _streamed(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> Observation:
-    """The Gramian without the Jacobian, then one backward pass of the weighted losses."""
-    C = layerwise_gramian(step.scaled_losses, parameters) / step.scale**2
+    """The Gramian without the Jacobian, then a combination of what each layer held, or one backward pass of the weighted losses."""
+    gradients = layerwise_gradients(step.scaled_losses, parameters, max(HOLD, sum(p.numel() for p in parameters)))
+    C = gradients.gramian / step.scale**2
     finite = torch.isfinite(C.diagonal()).tolist()
     if not all(finite):  # which tasks to leave out, if any, is decided where all gradients are at hand
         return _by_jacobian(balancer, step, parameters, own)
-    return _weighted(*weigh_gramian(balancer, C, step, "exact"), step, parameters, own)
+    w, seen = weigh_gramian(balancer, C, step, "exact")
+    combined = gradients.combination(w)
+    if combined is None:
+        return _weighted(w, seen, step, parameters, own)
+    heads = _distinct(own)
+    if heads:
+        _add(heads, torch.autograd.grad(step.total, heads, allow_unused=True), step.processes)
+    for p, g in combined:
+        p.grad = g if p.grad is None else p.grad + g
+    return seen
 
 
 def _weighted(
