@@ -389,6 +389,16 @@ class TestRefusals:
         assert all(p.grad is None for p in model.parameters())
 
     @pytest.mark.parametrize("made", BOTH)
+    def test_tensors_without_entries_and_losses_without_parameters_of_ours(self, made):
+        empty, full = nn.Parameter(torch.ones(0, 3)), nn.Parameter(torch.ones(2))
+        stranger = nn.Parameter(torch.ones(2))
+        optimizer = made([empty, full], lr=0.5)
+        optimizer.backward({"a": empty.sum() + full.sum(), "b": stranger.sum()})
+        optimizer.step()
+        torch.testing.assert_close(full.detach(), torch.full((2,), 0.5))
+        assert stranger.grad is None
+
+    @pytest.mark.parametrize("made", BOTH)
     def test_losses_that_are_none(self, made):
         optimizer = made(network().parameters())
         with pytest.raises(InputError, match="'a' has no graph"):

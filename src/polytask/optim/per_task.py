@@ -14,7 +14,7 @@ from torch import Tensor
 from polytask.autograd import Losses, leaves
 from polytask.errors import InputError
 from polytask.optim.combination import TaskBalancer, Weights
-from polytask.optim.task_optimizer import TaskOptimizer, add_to_gradients, require_finite, working
+from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, require_finite, working
 
 
 class PerTaskOptimizer(TaskOptimizer):
@@ -105,27 +105,33 @@ class PerTaskOptimizer(TaskOptimizer):
             raise InputError(
                 f"{self.method.name} balances the gradients itself: give it weights, or a balancer that needs losses only"
             )
-        ours = {id(p) for group in self.param_groups for p in group["params"]}
-        found: list[dict[Tensor, Tensor]] = []
-        for k, loss in enumerate(given.losses):
-            mine = [p for p in leaves(loss, complete=True) if id(p) in ours]
-            keep = k + 1 < len(given.losses)
-            rows = torch.autograd.grad(given.scale * loss, mine, retain_graph=keep, allow_unused=True) if mine else ()
-            found.append({p: g for p, g in zip(mine, rows, strict=True) if g is not None})
+        found = self._differentiate(given)
         if given.scale == 1.0:
-            sizes = [sum((g.abs().sum() for g in one.values()), given.values.new_zeros(())) for one in found]
-            require_finite("gradient", given.names, torch.stack(sizes)[:, None])
+            require_finite(
+                "gradient", given.names, torch.stack([_largest(one.values(), given.values) for one in found])
+            )
         for task, one, w in zip(given.names, found, given.weights.tolist(), strict=True):
             self._weights.setdefault(task, []).append(w)
             for p, g in one.items():
                 kept = self._gradients.setdefault(p, {})
-                mine_now = g / given.scale
-                kept[task] = kept[task] + mine_now if task in kept else mine_now
+                g = g if given.scale == 1.0 else g / given.scale
+                kept[task] = kept[task] + g if task in kept else g
             add_to_gradients(list(one), list(one.values()), w)
         reached = list(self._gradients)
         lengths = torch._foreach_norm([p.grad for p in reached if p.grad is not None]) if reached else ()
         self._lengths = {p: n / given.scale for p, n in zip(reached, lengths, strict=True)}
         return given.weights
+
+    def _differentiate(self, given: Given) -> list[dict[Tensor, Tensor]]:
+        """For each loss {parameter of ours that it reaches: gradient}, scaled."""
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        found = []
+        for k, loss in enumerate(given.losses):
+            mine = [p for p in leaves(loss, complete=True) if id(p) in ours]
+            keep = k + 1 < len(given.losses)
+            rows = torch.autograd.grad(given.scale * loss, mine, retain_graph=keep, allow_unused=True) if mine else ()
+            found.append({p: g for p, g in zip(mine, rows, strict=True) if g is not None})
+        return found
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -182,3 +188,9 @@ class PerTaskOptimizer(TaskOptimizer):
         super().load_state_dict(state_dict)
         self.tasks = tuple(state_dict["tasks"]) or self.tasks
         self._forget()
+
+
+def _largest(gradients: Iterable[Tensor], like: Tensor) -> Float[Tensor, "1"]:
+    """The largest magnitudes of some tensors, added up: not finite if one of them is not, whatever their type."""
+    norms = torch._foreach_norm([like.new_zeros(1), *(g for g in gradients if g.numel())], torch.inf)
+    return torch.stack([n.to(like) for n in norms]).sum(0, keepdim=True)

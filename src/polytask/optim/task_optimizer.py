@@ -161,8 +161,8 @@ def add_to_gradients(
     """Add gradients, each times the weight, to ``.grad``."""
     for p, g in zip(parameters, gradients, strict=True):
         if g is not None:
-            g = weight * g.detach().view_as(p)
-            p.grad = g if p.grad is None else p.grad + g
+            g = weight * g.detach().view_as(p)  # always new memory: what autograd returns may be the caller's own data
+            p.grad = g if p.grad is None else p.grad.add_(g)
 
 
 def working(dtype: torch.dtype) -> torch.dtype:
