@@ -30,7 +30,16 @@ def loaded(action: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["fit", "--help"], ["verify", "--help"], ["--show-completion", "bash"]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["fit", "--help"],
+        ["verify", "--help"],
+        ["bench", "steps", "--help"],
+        ["bench", "methods", "--help"],
+        ["--show-completion", "bash"],
+    ],
 )
 def test_answers_without_loading_torch_or_tables(arguments: list[str]) -> None:
     found = loaded(COMMAND.format(argv=["polytask", *arguments]))
