@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from polytask.errors import InputError, StorageError
 from polytask.merging import merge
 from polytask.merging.adapter import TWICE_UNTIL, open_expert, read_adapter
+from polytask.merging.adapter_writer import write_adapter
 from polytask.merging.config import read_config
 from polytask.merging.on_disk import MergePlan, write
 
@@ -167,6 +168,11 @@ def test_the_command_line_and_mergekit_s_plus(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "polytask", "merge", *arguments, "--method", "ties", "--set", "density=0.5"]
     done = subprocess.run([*command, "--out", str(tmp_path / "a")], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ties of 2 models")
+    asked = ["--as-adapter", "2", "--json", "--out", str(tmp_path / "small")]
+    told = json.loads(subprocess.run([*command, *asked], capture_output=True, text=True, check=True).stdout)
+    assert told["folder"] == str(tmp_path / "small")
+    assert 0 < told["lost"] < 1
+    assert set(read_adapter(tmp_path / "small").updates) == set(read_adapter(tmp_path / "adapter0").updates)
     models = "".join(f"  - model: ./base+./adapter{t}\n" for t in range(2))
     parameters = "parameters: {density: 0.5, normalize: true}\n"
     (tmp_path / "c.yml").write_text(f"models:\n{models}merge_method: ties\nbase_model: ./base\n{parameters}")
@@ -299,3 +305,72 @@ def test_an_adapter_needs_a_base(tmp_path: Path) -> None:
     A, B = read_adapter(tmp_path / "adapter0").pair("model.layers.1.self_attn.q_proj")
     name = "model.layers.1.self_attn.q_proj.weight"
     assert torch.allclose(found[name], base[name] + B @ A, rtol=1e-6, atol=1e-6)
+
+
+# --- and back
+
+
+def update(folder: Path) -> dict[str, Tensor]:
+    """What an adapter adds to each layer."""
+    adapter = read_adapter(folder)
+    return {layer: torch.mm(*reversed(adapter.pair(layer, torch.float64))) for layer in adapter.updates}
+
+
+@pytest.mark.parametrize("case", ["llama", "roberta, ranks", "gpt, turned"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_sum_of_adapters_is_an_adapter(case: str, tmp_path: Path) -> None:
+    make, settings = CASES[case]
+    CASES["plain"] = (make, {n: v for n, v in settings.items() if n != "task_type"})
+    stored("plain", tmp_path, experts=2)
+    plan = MergePlan(
+        [tmp_path / "adapter0", tmp_path / "adapter1"],
+        tmp_path / "base",
+        "task_arithmetic",
+        lambda _: {"weights": [0.7, -0.4], "scale": 1.0},
+    )
+    assert write_adapter(plan, tmp_path / "merged") < 1e-10
+    one, two, found = (update(tmp_path / n) for n in ("adapter0", "adapter1", "merged"))
+    for layer, D in found.items():
+        assert torch.allclose(D, 0.7 * one[layer] - 0.4 * two[layer], atol=1e-6)
+    fresh = make()
+    fresh.load_state_dict(load_base(tmp_path / "base"), strict=False)
+    model = peft.PeftModel.from_pretrained(fresh, tmp_path / "merged").merge_and_unload()
+    base, again = open_expert(tmp_path / "base", None), model.state_dict()
+    whole = open_expert(tmp_path / "merged", base)
+    assert all(torch.allclose(whole.read(n), again[n], atol=1e-6) for n in whole.specs)
+
+
+def load_base(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_smaller_rank_keeps_the_most(tmp_path: Path) -> None:
+    stored("llama", tmp_path, experts=2)
+    plan = MergePlan(
+        [tmp_path / "adapter0", tmp_path / "adapter1"], tmp_path / "base", "ties", lambda _: {"density": 0.5}
+    )
+    write(plan, tmp_path / "whole")
+    whole, base = load_base(tmp_path / "whole"), load_base(tmp_path / "base")
+    again = MergePlan(plan.experts, plan.base, plan.method, plan.options)
+    lost = write_adapter(again, tmp_path / "merged", 3)
+    D = {n: (whole[f"{n}.weight"] - base[f"{n}.weight"]).double() for n in update(tmp_path / "merged")}
+    tails = {n: float(torch.linalg.svdvals(d)[3:].square().sum()) for n, d in D.items()}
+    assert lost == pytest.approx(sum(tails.values()) / sum(float(d.square().sum()) for d in D.values()), rel=1e-4)
+    for n, found in update(tmp_path / "merged").items():
+        assert float((found - D[n]).square().sum()) == pytest.approx(tails[n], rel=1e-3)
+        assert read_adapter(tmp_path / "merged").tensors.specs[f"base_model.model.{n}.lora_A.weight"].shape[0] == 3
+
+
+def test_what_makes_no_adapter(tmp_path: Path) -> None:
+    stored("roberta, ranks", tmp_path)
+    base, adapter = tmp_path / "base", tmp_path / "adapter0"
+    for experts, rank, message in (
+        ([base], None, "base is no adapter: adapters of one base alone"),
+        ([adapter], None, "also holds classifier"),
+        ([adapter], 0, "the rank of an adapter is at least 1, not 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_adapter(MergePlan(experts, base, "task_arithmetic"), tmp_path / "out", rank)
+    with pytest.raises(InputError, match="exists already"):
+        write_adapter(MergePlan([adapter], base, "task_arithmetic"), adapter)
+    assert not [p for p in tmp_path.iterdir() if "out" in p.name]

@@ -87,6 +87,15 @@ def merge(
         bool, typer.Option("--dry-run", help="Print the plan, sizes and peak memory; read no weight.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    as_adapter: Annotated[
+        int | None,
+        typer.Option(
+            "--as-adapter",
+            metavar="RANK",
+            help="Write an adapter again, where all experts are adapters; 0 for the sum of their ranks.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge fine-tuned models into one, tensor by tensor; killed and started again, it goes on where it was."""
@@ -120,12 +129,26 @@ def merge(
     if dry_run or folder is None:
         print_json(described(plan)) if as_json else show(plan)
         return
+    if as_adapter is not None:
+        _carry_out_as_adapter(plan, folder, as_adapter, as_json)
+        return
     carry_out(plan, folder, overwrite, quiet=as_json)
     if as_json:
         print_json({**described(plan), "folder": str(folder)})
     else:
         more = " with routed experts" if plan.routing is not None else ""
         out().print(f"{plan.method} of {len(plan.experts)} models{more}: {folder}", markup=False, soft_wrap=True)
+
+
+def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: bool) -> None:
+    from polytask.merging.adapter_writer import write_adapter
+
+    lost = write_adapter(plan, folder, rank or None)
+    if as_json:
+        print_json({"folder": str(folder), "lost": lost})
+    else:
+        text = f"{plan.method} of {len(plan.experts)} adapters: {folder}, {lost:.2%} of the squared update lost"
+        out().print(text, markup=False, soft_wrap=True)
 
 
 def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
