@@ -24,7 +24,7 @@ def test_every_python_block_of_the_readme_runs(position: str, tmp_path: Path, mo
     assert claims, "an example leaves something behind that a reader can look at"
 
 
-@pytest.mark.parametrize("document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md"])
+@pytest.mark.parametrize("document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md", "docs/merge-compare.md"])
 def test_the_python_blocks_of_a_guide_run_one_after_another(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
