@@ -21,9 +21,9 @@ class DBMTL(GramianWeighting):
 
     .. math:: g_i = \nabla \log L_i, \qquad w_i = p_i \max_j \lVert g_j\rVert / \lVert g_i\rVert
 
-    The loss part is ``log_losses=True``, the default of this class alone. The paper further replaces each :math:`g_i`
-    by a moving average over steps (beta = 0.9): that needs K x P numbers kept, has no meaning for gradients at the
-    representation of ever new examples, and is left out here; this is its beta = 0.
+    The loss part is ``log_losses=True``, the default of this class. The paper further replaces each :math:`g_i` by a moving
+    average over steps, which needs K x P numbers kept and has no meaning for gradients at the representation of ever new
+    examples: that is ``db_mtl_ema``, this its beta = 0.
 
     Cost: K square roots a step.
     """
