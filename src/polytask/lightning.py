@@ -107,6 +107,10 @@ class MultiTaskModule(pl.LightningModule):
         """A method that looks at several batches gets parts of this one, none where it is too small for that."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
+        if self.trainer.world_size > 1:
+            raise InputError(
+                f"{self.balancer.method.name} looks at the model more than once a step: in several processes take polytask.train for it"
+            )
         parts = cut(batch, len(self.balancer.roles))
         if not parts:
             return

@@ -18,8 +18,6 @@ from polytask.models import HardSharing
 from polytask.registry import Method, methods
 
 NAMES = ("a", "b", "c")
-# methods that draw random numbers, learn, remember gradients or look twice
-LONG = ("famo", "graddrop", "moco", "pcgrad", "uncertainty")
 # task c has labels on the first process only; a and b are labelled unevenly
 ROWS = (7, 3, 5, 4)
 LABELLED = {"a": (7, 2, 5, 1), "b": (3, 3, 1, 4), "c": (6, 0, 0, 0)}
@@ -89,6 +87,12 @@ def train(
             balancer.begin_epoch()
         x, y, labelled = batch(step, rank, world)
         module.zero_grad()
+        if looks_again(balancer):
+            look(module, balancer, step, rank, world)
+            if step < 3:
+                gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
+            descend(module)
+            continue
         losses = losses_of(wrapped(x), y, labelled)
         counts = {n: rows.sum() for n, rows in labelled.items()}
         features = None if level == "exact" else module.model.features
@@ -103,29 +107,46 @@ def train(
         )
         if step < 3:
             gradients.append(torch.cat([p.grad.flatten() for p in module.parameters()]))
-        with torch.no_grad():
-            for p in module.parameters():
-                p -= 0.02 * p.grad / max(1.0, float(p.grad.norm()))
+        descend(module)
         if balancer.needs_second_evaluation:
             with torch.no_grad():
                 balancer.after_step(losses_of(module(x), y, labelled), counts)
     return module.state_dict(), gradients
 
 
+def look(module: Forward, balancer: Any, step: int, rank: int | None, world: int) -> None:
+    """The gradients of a method that looks again, at batches of its own."""
+    polytask.backward_batches(
+        lambda rows: losses_of(module(rows[0]), rows[1], rows[2]),
+        [batch(1000 * i + step, rank, world) for i in range(len(balancer.roles))],
+        shared=module.model.trunk,
+        balancer=balancer,
+        counts=lambda rows: {n: its.sum() for n, its in rows[2].items()},
+        group=None if rank is None else "world",
+    )
+
+
+def descend(module: nn.Module) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p -= 0.02 * p.grad / max(1.0, float(p.grad.norm()))
+
+
 def every_method(rank: int, world: int) -> dict[str, Any]:
-    """A hundred steps of every method between two processes at one level, a few at the others; between four a few at one."""
+    """A hundred steps of every method at one level, a few at the others."""
     found = {}
     for method in methods("balancing"):
-        if looks_again(balanced(method)):  # refused between processes; see the test of it
-            continue
         levels = ["linear", "exact", "copies"]
-        if issubclass(method.factory, LossWeighting):
+        if looks_again(balanced(method)):
+            levels = ["exact"]
+        elif issubclass(method.factory, LossWeighting):
             levels = ["linear"]
         elif coordinates_of_parameters(method):
             levels = ["exact"]
         for level in levels if world == 2 else levels[:2]:
-            long = level == levels[0] and (world == 2 or method.name in LONG)
-            found[method.name, level] = train(method, level, 100 if long else 3, rank, world)
+            long = level == levels[0]
+            steps = 20 if looks_again(balanced(method)) else 100
+            found[method.name, level] = train(method, level, steps if long else 3, rank, world)
     return found
 
 
@@ -247,11 +268,6 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     said("nan")
     said("nan", on_nonfinite="skip-task")
     said("nan", on_nonfinite="skip-step")
-    try:
-        m = model(deep=False)
-        polytask.backward_batches(lambda _: losses_of(m(x), y, labelled), [None, None], balancer=make("coba"))
-    except polytask.PolytaskError as error:
-        found["looks", "{}"] = str(error)
     return found
 
 

@@ -54,6 +54,8 @@ def test_two_processes(diabetes, tmp_path: Path) -> None:
     runs = {
         "exact": ("mgda", {**common, "batch_size": 16, "level": "exact"}),
         "values": ("equal", {**common, "batch_size": 16}),
+        "parts": ("modo", {**common, "batch_size": 16}),
+        "uphill": ("f_mtl", {**common, "batch_size": 16}),
         "representation": ("mgda", {**common, "batch_size": 16, "accumulate": 2}),
     }
     given = {
@@ -84,7 +86,7 @@ def test_two_processes(diabetes, tmp_path: Path) -> None:
         assert all(torch.equal(t, second[name]["weights"][n]) for n, t in first[name]["weights"].items()), name
         assert first[name]["score"] == second[name]["score"]
     # labels are missing unevenly between the processes, and still the step is that of one process with all rows
-    for name in ("exact", "values"):
+    for name in ("exact", "values", "uphill"):
         balancer, options = runs[name]
         alone: HardSharing = diabetes.model()
         sgd = torch.optim.SGD(alone.parameters(), lr=0.05)

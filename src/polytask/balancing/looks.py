@@ -13,11 +13,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from polytask.autograd import Losses, Shared, gramian, jacobian, leaves, named_losses, partition
+from polytask.autograd import Losses, Processes, Shared, gramian, jacobian, leaves, named_losses, partition
 from polytask.balancing.base import Balancer, Role
+from polytask.balancing.losses import Counts, begin
 from polytask.errors import InputError, TrainingError
 
 Evaluate = Callable[[Any], Losses]
+CountsOf = Callable[[Any], Counts] | None
 
 
 class Overflow(Exception):
@@ -98,6 +100,8 @@ class Looks:
         scale: of float16.
         watched: whether a gradient scaler is to hear of gradients that are not finite.
         transform: what is balanced, given a loss.
+        processes: those that share the batches; losses and gradients are those of all examples then.
+        counts: batch -> the examples that this process's losses are the means of.
 
     Attributes:
         names: the tasks of the step.
@@ -122,7 +126,12 @@ class Looks:
         scale: float = 1.0,
         watched: bool = False,
         transform: Callable[[Tensor], Tensor] | None = None,
+        processes: Processes | None = None,
+        counts: CountsOf = None,
     ) -> None:
+        self._balancer, self._processes, self._counts = balancer, processes, counts
+        self._means: dict[int, dict[str, Tensor]] = {}
+        self._names_known = False
         self._evaluations, self._scale, self.watched = evaluations, scale, watched
         self._transform = transform or balancer.transform
         self._displaced = False
@@ -134,6 +143,7 @@ class Looks:
             balancer.bind(union)
         self.names = [n for n in union if all(n in losses for losses in self._fresh.values())]
         balancer.bind(self.names)
+        self._names_known = True
         for losses in self._fresh.values():
             _refuse({n: losses[n] for n in self.names})
         self.followed = train[-1]
@@ -141,7 +151,8 @@ class Looks:
         self.n_shared, self.shared_sizes = 0, list[int]()
         if self.names:
             scalars = [self._fresh[self.followed][n] for n in self.names]
-            self.values = torch.stack(scalars).detach()
+            means = self._means[self.followed] if processes is not None else self._fresh[self.followed]
+            self.values = torch.stack([means[n] for n in self.names]).detach()
             self._find_parameters(scalars, len(self.names) == len(balancer.tasks or ()), shared)
 
     def _find_parameters(self, scalars: list[Tensor], complete: bool, shared: Shared) -> None:
@@ -158,7 +169,14 @@ class Looks:
         losses = self._evaluations(number)
         if isinstance(losses, Mapping) and not losses:
             return {}
-        return {n: self._transform(loss) for n, loss in named_losses(losses).items()}
+        if self._processes is None:
+            return {n: self._transform(loss) for n, loss in named_losses(losses).items()}
+        counts = self._counts(self._evaluations.batches[number]) if self._counts is not None else None
+        step = begin(self._balancer, losses, counts, "raise", self._processes)
+        if self._names_known:
+            self._balancer.bind(self.names)
+        self._means[number] = dict(zip(step.names, step.values.unbind(), strict=True))
+        return dict(zip(step.names, step.scalars, strict=True))
 
     def losses(self, number: int) -> dict[str, Tensor]:
         """Losses of a batch with graph, here; a validation batch may lack some of the tasks."""
@@ -169,6 +187,10 @@ class Looks:
 
     def losses_without_graph(self, number: int) -> dict[str, Tensor]:
         """Losses of a batch, here, detached."""
+        if self._processes is not None:
+            self._evaluated(number)
+            means = self._means[number]
+            return {n: means[n] for n in self.names if n in means}
         with torch.no_grad():
             losses = self._evaluations(number)
             named = losses.items() if isinstance(losses, Mapping) else ((str(i), x) for i, x in enumerate(losses))
@@ -181,6 +203,7 @@ class Looks:
         losses = self.losses(number)
         parameters = self.theta if heads else self.theta[: self._common]
         found, _ = jacobian([loss * self._scale for loss in losses.values()], parameters)
+        found = self._everywhere(found)
         self._check(list(losses), torch.isfinite(found).all(1))
         J = found.new_zeros(len(self.names), found.shape[1])
         J[[self.names.index(n) for n in losses]] = found / self._scale
@@ -220,8 +243,13 @@ class Looks:
     def _flat(self, gradients: Sequence[Tensor | None], names: Sequence[str]) -> Tensor:
         parts = zip(self.theta, gradients, strict=True)
         g = torch.cat([torch.zeros_like(p).flatten() if d is None else d.flatten() for p, d in parts])
+        g = self._everywhere(g)
         self._check(names, torch.isfinite(g).all()[None])
         return g / self._scale if self._scale != 1.0 else g
+
+    def _everywhere(self, mine: Tensor) -> Tensor:
+        """The mean over processes."""
+        return mine if self._processes is None else self._processes.sum_(mine) / self._processes.size
 
     @contextmanager
     def moved(self, step: Float[Tensor, " coordinates"]) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from polytask.autograd import Processes, Shared
 from polytask.balancing.base import Balancer, GramianWeighting, precision_of
 from polytask.balancing.engine import Features, Level, backward
-from polytask.balancing.looks import Evaluate, Evaluations, LookingBalancer, Looks, Overflow, looks_again
+from polytask.balancing.looks import CountsOf, Evaluate, Evaluations, LookingBalancer, Looks, Overflow, looks_again
 from polytask.balancing.observation import Observation
 from polytask.errors import InputError, TrainingError
 
@@ -26,6 +26,8 @@ def backward_batches(
     level: Level = "auto",
     scaler: torch.amp.GradScaler | None = None,
     on_nonfinite: Literal["raise", "skip-step"] = "raise",
+    counts: CountsOf = None,
+    group: Any = "world",
 ) -> Observation:
     r"""Fill ``.grad`` by a method that looks at several batches, or at other parameters than the present ones.
 
@@ -49,20 +51,31 @@ def backward_batches(
         scaler: the gradient scaler of mixed precision. ``.grad`` stands scaled; an overflow in any look makes the scaler skip the step, of
             which the balancer then sees nothing.
         on_nonfinite: what to do about a loss or gradient that is not finite: ``raise``, or ``skip-step``, which leaves ``.grad`` as it was.
+        counts: batch -> {task: labelled examples that its loss is the mean of}, where processes share every batch; as for
+            :func:`polytask.backward`. ``evaluate`` calls the bare model then, not one wrapped for several processes.
+        group: the processes that share the batches: ``world``, a ``ProcessGroup``, or None for this process alone.
 
     Returns:
         What the step saw of the batch that is followed; the Gramian where the method took its gradients or another training batch's.
 
     Raises:
-        InputError: another number of batches than the method takes, or what :func:`polytask.backward` refuses; several processes, or
-            ``level="representation"``, for a method that looks again. Before any ``.grad`` is touched.
+        InputError: another number of batches than the method takes, or what :func:`polytask.backward` refuses;
+            ``level="representation"`` for a method that looks again. Before any ``.grad`` is touched.
         TrainingError: a loss or gradient that is not finite.
 
-    Cost: see each method.
+    Cost: see each method; between processes one all-reduce of each gradient taken.
     """
     _check(balancer, batches, level)
     return _step(
-        Evaluations(evaluate, batches, balancer.roles), balancer, shared, features, level, scaler, on_nonfinite
+        Evaluations(evaluate, batches, balancer.roles),
+        balancer,
+        shared,
+        features,
+        level,
+        scaler,
+        on_nonfinite,
+        counts,
+        group,
     )
 
 
@@ -93,7 +106,14 @@ def step(
     Raises:
         InputError, TrainingError: as :func:`backward_batches`; no step is taken.
     """
-    known = {"shared": None, "features": None, "level": "auto", "on_nonfinite": "raise"}
+    known = {
+        "shared": None,
+        "features": None,
+        "level": "auto",
+        "on_nonfinite": "raise",
+        "counts": None,
+        "group": "world",
+    }
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise InputError(f"polytask.step has no option {unknown[0]!r}; it hands on {', '.join(known)}")
@@ -118,7 +138,8 @@ def step(
         with torch.no_grad():
             again = evaluations(0)
         named = again if isinstance(again, dict) else {str(i): loss for i, loss in enumerate(again)}
-        balancer.after_step(named)
+        counts = chosen["counts"]
+        balancer.after_step(named, None if counts is None else counts(batches[0]))
     return seen
 
 
@@ -131,8 +152,6 @@ def _check(balancer: Balancer, batches: Sequence[Any], level: Level) -> None:
         return
     if level == "representation":
         raise InputError(f"{name} takes gradients at the parameters: those of representations differ in every batch")
-    if Processes.of("world") is not None:
-        raise InputError(f"{name} looks at the model more than once a step, which works in one process only")
 
 
 def _step(
@@ -143,6 +162,8 @@ def _step(
     level: Level,
     scaler: torch.amp.GradScaler | None,
     on_nonfinite: Literal["raise", "skip-step"],
+    counts: CountsOf,
+    group: Any,
 ) -> Observation:
     if not looks_again(balancer):
         losses = evaluations(0)
@@ -155,12 +176,14 @@ def _step(
             level=level,
             scaler=scaler,
             on_nonfinite=on_nonfinite,
+            counts=None if counts is None else counts(evaluations.batches[0]),
+            group=group,
         )
     scaled = scaler is not None and scaler.is_enabled()
     scale = float(scaler.scale(torch.ones(()))) if scaler is not None and scaled else 1.0
     nothing = Observation((), torch.zeros(0), None, None, "none", taken=False)
     try:
-        looks = Looks(balancer, evaluations, shared, scale, scaled)
+        looks = Looks(balancer, evaluations, shared, scale, scaled, processes=Processes.of(group), counts=counts)
     except TrainingError:
         if on_nonfinite == "raise":
             raise

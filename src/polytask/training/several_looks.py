@@ -13,13 +13,12 @@ from polytask.training.config import TrainConfig
 from polytask.training.data import Batch, rows_of
 
 
-def check_looks(balancer: Balancer, config: TrainConfig, processes: int, told: bool = False) -> None:
+def check_looks(balancer: Balancer, config: TrainConfig, told: bool = False) -> None:
     """See that a method which looks more than once a step can work.
 
     Args:
         balancer: the method.
         config: the settings.
-        processes: that share the batch.
         told: whether the optimizer takes the losses of single tasks itself.
 
     Raises:
@@ -28,8 +27,6 @@ def check_looks(balancer: Balancer, config: TrainConfig, processes: int, told: b
     name, parts = balancer.method.name, len(balancer.roles)
     if config.accumulate > 1:
         raise InputError(f"{name} looks at the model more than once a step: give a larger batch_size, not accumulate")
-    if processes > 1:
-        raise InputError(f"{name} looks at the model more than once a step, which works in one process only")
     if told:
         raise InputError(f"{name} finds the gradients itself, which this optimizer does too: take another of either")
     if config.level == "representation":

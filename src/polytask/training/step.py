@@ -90,7 +90,7 @@ class Stepper:
         self._has_features: bool | None = None
         self._looks_again = looks_again(balancer)
         if self._looks_again:
-            check_looks(balancer, config, self.processes, isinstance(optimizer.optimizer, TaskOptimizer))
+            check_looks(balancer, config, isinstance(optimizer.optimizer, TaskOptimizer))
         # accelerate's wrapper searches the disk for a package in every step: where it adds nothing the optimizer itself is stepped
         plain = accelerator.scaler is None and accelerator.distributed_type.name in ("NO", "MULTI_CPU", "MULTI_GPU")
         self._update = optimizer.optimizer if plain else optimizer
@@ -136,13 +136,7 @@ class Stepper:
         """The labelled rows of the step; None where there is but one piece of it."""
         if len(pieces) == 1 and self.processes == 1:
             return None
-        none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        here = torch.stack(
-            [
-                torch.stack([t.kind.labelled(y[n]).sum() if n in y else none for n, t in self.tasks.items()])
-                for _, y in pieces
-            ]
-        ).double()
+        here = torch.stack([torch.stack(list(self._labelled(piece).values())) for piece in pieces]).double()
         return Counts(here, self.accelerator.reduce(here.clone(), "sum"))
 
     def _exact(self, piece: Batch) -> bool:
@@ -161,17 +155,34 @@ class Stepper:
     def _by_looks(self, piece: Batch) -> tuple[dict[str, Tensor], Observation | None]:
         """A method that looks again finds its gradients on parts of the batch; None where it is too small for them, or lacks labels."""
         parts = cut(piece, len(self.balancer.roles))
-        if not parts:
+        if not parts and self.processes == 1:
+            return {}, None
+        several = self.processes > 1
+        if several and not self._everyone_has(parts):
             return {}, None
         observation = backward_batches(
-            lambda part: self._losses(self.module, part, None),
+            lambda part: self._losses(self.module, part, None, idle=several),
             parts,
             shared=self.module.shared_parameters(),
             balancer=self.balancer,
             scaler=self.accelerator.scaler,
+            counts=self._labelled if several else None,
         )
         losses = dict(zip(observation.tasks, observation.losses.unbind(), strict=True))
         return losses, observation if losses else None
+
+    def _labelled(self, part: Batch) -> dict[str, Tensor]:
+        """This process's labels of each task."""
+        none = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        return {n: t.kind.labelled(part[1][n]).sum() if n in part[1] else none for n, t in self.tasks.items()}
+
+    def _everyone_has(self, parts: Sequence[Batch]) -> bool:
+        """Whether no process has too few rows for its parts, and no part is without any label in all processes."""
+        n = len(self.balancer.roles)
+        labels = [torch.stack(list(self._labelled(part).values())).sum() for part in parts]
+        mine = torch.stack([*labels, torch.ones_like(labels[0])]) if parts else torch.zeros(n + 1, dtype=torch.int64)
+        found = self.accelerator.reduce(mine.to(self.accelerator.device), "sum").tolist()
+        return found[-1] == self.processes and all(found[:-1])
 
     def _losses(
         self, model: torch.nn.Module, piece: Batch, factors: dict[str, float] | None, idle: bool = False
