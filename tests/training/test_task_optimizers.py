@@ -11,6 +11,7 @@ from polytask.balancing import make
 from polytask.errors import InputError
 from polytask.optim import DualOptimPlus, MAdam, MTAdam
 from polytask.training import TrainConfig, train
+from polytask.training.optimizers import optimizer_for
 
 CONFIG = TrainConfig(epochs=3, batch_size=64, device="cpu", patience=None, learning_rate=3e-3, checkpoint_every=2)
 NAMES = ["mtadam", "adatask", "madam", "dualoptim_plus"]
@@ -124,6 +125,8 @@ def test_what_does_not_fit_is_refused_before_the_first_step(diabetes, tmp_path):
         run(diabetes, "mtadm")
     with pytest.raises(InputError, match="leave out level='representation'"):
         run(diabetes, "adatask", CONFIG.but(level="representation"))
+    with pytest.raises(InputError, match="in one process only"):
+        optimizer_for(diabetes.model(), tuple(diabetes.tasks), CONFIG, "mtadam", processes=2)
     with pytest.raises(InputError, match="serves the tasks forget, retain"):
         run(diabetes, lambda ps: DualOptimPlus(ps, {"forget": 1.0, "retain": 1.0}))
     run(diabetes, "mtadam", CONFIG.but(epochs=1), folder=tmp_path)
