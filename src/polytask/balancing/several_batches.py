@@ -64,6 +64,18 @@ def backward_batches(
         TrainingError: a loss or gradient that is not finite.
 
     Cost: see each method; between processes one all-reduce of each gradient taken.
+
+    Example:
+        >>> import torch, polytask
+        >>> theta = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> modo = polytask.balancing.make("modo")
+        >>> def evaluate(batch):
+        ...     error = theta - batch
+        ...     return {"first": error[0] ** 2, "both": (error**2).sum()}
+        >>> batches = [torch.tensor(noise) for noise in ([0.1, -0.1], [-0.1, 0.0], [0.0, 0.2])]
+        >>> seen = polytask.backward_batches(evaluate, batches, balancer=modo, shared=[theta])
+        >>> seen.tasks, len(modo.roles), theta.grad.shape
+        (('first', 'both'), 3, torch.Size([2]))
     """
     _check(balancer, batches, level)
     return _step(
