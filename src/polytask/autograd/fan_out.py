@@ -153,13 +153,17 @@ class _Joined(torch.autograd.Function):
             ends = torch.tensor(sizes).cumsum(0).tolist()
             names = [junction.tasks[k] for k in present]
             columns = {n: slice(end - size, end) for n, end, size in zip(names, ends, sizes, strict=True)}
-            dz = D @ W if junction.combine is None else junction.combine(frozenset(columns), _factored(D, W, columns))
+            dz = (
+                D @ W
+                if junction.combine is None
+                else junction.combine(frozenset(columns), _factored(D, W, columns, junction.workspace))
+            )
             found[0] = dz.view(z.shape).to(z.dtype)
         return tuple(found)
 
 
-def _factored(D: Tensor, W: Tensor, columns: Mapping[str, slice]) -> Select:
-    return lambda names: LinearGradients(D, W, [columns[n] for n in names])
+def _factored(D: Tensor, W: Tensor, columns: Mapping[str, slice], workspace: Workspace | None) -> Select:
+    return lambda names: LinearGradients(D, W, [columns[n] for n in names], workspace)
 
 
 def _total(gradients: Iterable[Tensor]) -> Tensor:

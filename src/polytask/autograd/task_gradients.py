@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.autograd.gramian import gramian
+from polytask.autograd.workspace import Workspace
 
 
 class TaskGradients(ABC):
@@ -68,14 +69,20 @@ class LinearGradients(TaskGradients):
         D: gradients at the outputs of all heads side by side, shape (examples, outputs), outputs of a task next to one another.
         W: the heads' weights, shape (outputs, width).
         columns: the outputs of each task.
+        workspace: where rows are written; new memory when omitted.
 
     Cost of the Gramian: (examples + width) outputs^2 instead of examples width tasks^2.
     """
 
     def __init__(
-        self, D: Float[Tensor, "examples outputs"], W: Float[Tensor, "outputs width"], columns: Sequence[slice]
+        self,
+        D: Float[Tensor, "examples outputs"],
+        W: Float[Tensor, "outputs width"],
+        columns: Sequence[slice],
+        workspace: Workspace | None = None,
     ) -> None:
         self._D, self._W, self._columns = D, W, tuple(columns)
+        self._workspace = workspace or Workspace()
 
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
         examples, outputs = self._D.shape
@@ -101,7 +108,11 @@ class LinearGradients(TaskGradients):
         return ((self._D * each) @ self._W).flatten()
 
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
-        return torch.stack([(self._D[:, c] @ self._W[c]).flatten() for c in self._columns])
+        examples, width = len(self._D), self._W.shape[1]
+        rows = self._workspace.matrix(len(self._columns), examples * width, self._D)
+        for row, c in zip(rows, self._columns, strict=True):
+            torch.mm(self._D[:, c], self._W[c], out=row.view(examples, width))
+        return rows
 
     def select(self, kept: list[int]) -> LinearGradients:
-        return LinearGradients(self._D, self._W, [self._columns[k] for k in kept])
+        return LinearGradients(self._D, self._W, [self._columns[k] for k in kept], self._workspace)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polytask.autograd import Processes, gramian, jacobian, leaves
-from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting
+from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, precision_of
 from polytask.balancing.losses import same_start
 from polytask.balancing.observation import Observation
 from polytask.errors import TrainingError
@@ -124,7 +124,8 @@ class Accumulation:
         if isinstance(balancer, GradientAggregator):
             return balancer.direction(rows / s, seen) * s, slopes, Observation(tuple(names), seen, None, C, "exact")
         assert isinstance(balancer, GramianWeighting)
-        w = torch.from_numpy(balancer.weights_of(C.cpu().numpy(), seen.double().cpu().numpy())).to(rows)
+        found = balancer.weights_of(C.cpu().numpy(), seen.double().cpu().numpy(), precision_of(rows))
+        w = torch.from_numpy(found).to(rows)
         return w @ rows, slopes, Observation(tuple(names), seen, w, C, "exact")
 
 

@@ -384,14 +384,20 @@ class GradientAggregator(Balancer):
         if jacobian.ndim != 2:
             raise InputError(f"a Jacobian has one row a task, not shape {tuple(jacobian.shape)}")
         self._bind_count(len(jacobian))
-        kept = self.reuse()
-        if kept is not None:
-            return torch.from_numpy(kept).to(jacobian) @ jacobian
         finite = torch.isfinite(jacobian).all(1)
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
             names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad
             raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
+        return self.direction_of(jacobian, losses)
+
+    def direction_of(
+        self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None
+    ) -> Float[Tensor, " coordinates"]:
+        """:meth:`direction` for the active tasks, their gradients known to be finite."""
+        kept = self.reuse()
+        if kept is not None:
+            return torch.from_numpy(kept).to(jacobian) @ jacobian
         J = jacobian.detach()
         d = self.aggregate(J, None if losses is None else losses.detach())
         if self.every > 1:

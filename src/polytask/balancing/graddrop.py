@@ -13,6 +13,9 @@ from polytask.balancing.base import BaseOptions, GradientAggregator
 from polytask.errors import InputError
 from polytask.registry import register
 
+# numbers looked at in one go: what is made of them stays in the cache
+SCRATCH = 2**18
+
 
 @register(
     "graddrop",
@@ -49,16 +52,17 @@ class GradDrop(GradientAggregator):
         J: Float[Tensor, "tasks coordinates"],
         losses: Float[Tensor, " tasks"] | None,  # noqa: ARG002
     ) -> Float[Tensor, " coordinates"]:
-        J = J * torch.as_tensor(self.p).to(J)[:, None]
-        exact = J if J.dtype == torch.float64 else J.float()
-        total = exact.abs().sum(0)
-        P = 0.5 * (1 + exact.sum(0) / torch.where(total > 0, total, torch.ones_like(total)))
+        if self.preference is not None:
+            J = J * torch.as_tensor(self.p).to(J)[:, None]
         # a generator of the device, seeded from the one that state_dict keeps
         generator = torch.Generator(J.device).manual_seed(int(self.rng.integers(2**62)))
         U = torch.rand(J.shape[1], generator=generator, device=J.device)
-        kept = torch.where(P > U, J.clamp_min(0), J.clamp_max(0))
         leak = self._leak(J)
-        return (kept if leak is None else kept + leak * (J - kept)).sum(0)
+        d = torch.empty_like(J[0])
+        width = max(1, SCRATCH // len(J))
+        for g, u, out in zip(*(torch.split(t, width, -1) for t in (J, U, d)), strict=True):
+            out.copy_(_kept(g, u, leak))
+        return d
 
     def _leak(self, J: Tensor) -> Tensor | None:
         if isinstance(self.leak, int | float):
@@ -67,3 +71,13 @@ class GradDrop(GradientAggregator):
         if len(self.leak) != len(self.tasks):
             raise InputError(f"graddrop has {len(self.leak)} leaks for {len(self.tasks)} tasks")
         return J.new_tensor([self.leak[i] for i in self.active])[:, None]
+
+
+def _kept(g: Tensor, U: Tensor, leak: Tensor | None) -> Tensor:
+    exact = g if g.dtype == torch.float64 else g.float()
+    up, down = exact.clamp_min(0), exact.clamp_max(0)
+    positive, negative = up.sum(0), down.sum(0)
+    chosen = positive > U * (positive - negative)  # P > U, P being the positive part of the whole
+    if leak is None:
+        return torch.where(chosen, positive, negative)
+    return torch.where(chosen, up + leak * down, down + leak * up).sum(0)

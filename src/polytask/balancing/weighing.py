@@ -35,11 +35,12 @@ def weigh(balancer: Balancer, gradients: TaskGradients, step: Step, level: str) 
         return _kept_combination(weights, gradients, step, level)
     if isinstance(balancer, GradientAggregator):
         rows = gradients.rows()
-        bad = _names(step, torch.isfinite(rows).all(1).tolist())
+        C = gramian(rows) / step.scale**2
+        bad = _names(step, torch.isfinite(C.diagonal()).tolist())
         if bad:
             return _without(bad, balancer, gradients, step, level)
-        direction = balancer.direction(rows / step.scale if step.scale != 1.0 else rows, step.values)
-        seen = _observation(step, None, gramian(rows) / step.scale**2, level)
+        direction = balancer.direction_of(rows / step.scale if step.scale != 1.0 else rows, step.values)
+        seen = _observation(step, None, C, level)
         return gradients.mine(direction * step.scale if step.scale != 1.0 else direction), seen
     C = gradients.gramian() / step.scale**2
     bad = _names(step, np.isfinite(np.diag(C.cpu().numpy())).tolist())
