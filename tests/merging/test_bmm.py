@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from polytask.errors import InputError, TrainingError
 from polytask.merging import gather_gramians, make, merge
 from polytask.merging.bayesian_search import search
+from polytask.merging.engine import Engine
+from polytask.merging.on_disk import MergePlan, write
 from polytask.merging.posterior import Posterior, own_moment, second_moments
+from polytask.merging.proxy import Proxy
 from polytask.merging.strengths import Posteriors
+
+from .test_proxy import build, inputs, place  # noqa: F401
 
 T, M, N = 3, 7, 5
 State = dict[str, Tensor]
@@ -207,6 +214,41 @@ def test_a_bias_is_one_more_column() -> None:
     apart = merge(BASE, STATES, "bmm", statistics=GRAMIANS, strength=0.0, jitter=0.0, bias=False)
     assert close(apart["0.bias"], anchor["0.bias"])
     assert not close(apart["0.weight"], found["0.weight"], 1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"anchor": "ties", "strength": 0.02}, {"bias": False, "gram": "hybrid"}])
+def test_models_on_disk_merge_as_those_in_memory(
+    place: Path,  # noqa: F811
+    options: dict[str, object],
+) -> None:
+    proxy = Proxy(place / "data", f"{place}/net.py:net")
+    write(
+        MergePlan([place / "cars", place / "digits"], place / "base", "bmm", lambda _: options, proxy=proxy),
+        place / "out",
+    )
+    seen = [gather_gramians(build(i), [inputs(i)]) for i in (1, 2)]
+    expected = merge(build(0).state_dict(), [build(i).state_dict() for i in (1, 2)], "bmm", statistics=seen, **options)  # type: ignore[arg-type]
+    found = load_file(place / "out" / "model.safetensors")
+    assert all(torch.allclose(found[n], v, rtol=1e-4, atol=1e-6) for n, v in expected.items())
+    assert {p.name for p in (place / "out").iterdir()} == {"model.safetensors", "merge.json"}
+
+
+def test_a_killed_fit_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: State = {}
+    calls: list[str] = []
+    fit = Posterior.mean
+    monkeypatch.setattr(Posterior, "mean", lambda self, *a: (calls.append("fit"), fit(self, *a))[1])
+
+    def load(name: str) -> tuple[Tensor, Tensor]:
+        return BASE[name].clone(), torch.stack([s[name] for s in STATES])
+
+    results = []
+    for merger in (make("bmm"), make("bmm")):
+        engine = Engine(lambda _, merger=merger: merger, (), GRAMIANS, kept=kept)  # type: ignore[misc]
+        engine.survey(list(BASE), load)
+        results.append({n: engine.merge(n, *load(n)) for n in BASE})
+    assert len(calls) == 2, "one for each linear layer, the first time"
+    assert all(torch.equal(v, results[1][n]) for n, v in results[0].items())
 
 
 @pytest.mark.parametrize("gram", ["data", "trace", "hybrid"])

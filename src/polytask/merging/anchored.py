@@ -87,6 +87,8 @@ class AnchoredMerger(TaskVectorMerger):
         ready = self.surveyed - self.anchor.passes
         if ready < 0:
             self.anchor.survey(W0, D, place)
+        elif f"{place.name}/fitted" in self.kept:
+            return
         elif ready == 0 and D.ndim == 2 and place.name.endswith("bias"):
             self.kept[f"{place.name}/experts"] = D.clone()
             self.kept[f"{place.name}/anchor"] = self.anchored(W0, D, place)
