@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.merging.spectral import leading_triplets, polar
+from polytask.merging.spectral import NEGLIGIBLE, leading_pairs, leading_triplets, polar
 
 
 def esd(
@@ -28,13 +28,20 @@ def esd(
     Returns:
         s (descending), U (orthonormal columns) and V, float64; fewer than k where Y has lower rank, since beyond it directions are noise.
 
-    Cost: m n min(m, n) multiplications and an eigendecomposition of the smaller side, and of G where m > n.
+    Cost: m n^2 multiplications and an eigendecomposition of the smaller side; where m > n a Cholesky factor of G, or where that is
+    singular its eigendecomposition.
     """
-    # a root of G stands for X: a thousand rows or a million, it has n
-    U, s, _ = leading_triplets(delta.double() @ _root(G), k)
-    # left vectors that came through the other side's Gramian: orthonormal to the last digit
-    U = _orthonormalised(U)
-    return s, U, U.T @ delta.double()
+    exact = delta.double()
+    if delta.shape[0] <= delta.shape[1]:
+        squares, U = leading_pairs(exact @ G @ exact.T, k)
+        s = squares.clamp_min(0).sqrt()
+        r = int((s > NEGLIGIBLE * s[0]).sum()) if len(s) else 0
+        s, U = s[:r], U[:, :r]
+    else:
+        # a root of G stands for X: a thousand rows or a million, it has n
+        U, s, _ = leading_triplets(exact @ _root(G), k)
+        U = _orthonormalised(U)
+    return s, U, U.T @ exact
 
 
 def _root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -48,6 +55,7 @@ def _root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
 
 
 def _orthonormalised(U: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
+    # these vectors came through the Gramian of the other side: make them orthonormal to the last digit
     # a Cholesky factor of nearly the identity keeps every vector's direction, as the order of QR does
     L, failed = torch.linalg.cholesky_ex(U.T @ U)
     Q: Tensor = torch.linalg.qr(U)[0] if failed else torch.linalg.solve_triangular(L, U.T, upper=False).T
