@@ -134,7 +134,11 @@ def fusion_report(
 
 
 def forward_multiplier(system: nn.Module) -> float:
-    """Multiplications of a forward pass through the linear layers, in those of the layers without experts."""
+    """Multiplications of a forward pass through the linear layers, in those of the layers without experts.
+
+    Of experts those count that get a weight; where each token has its own, :class:`~polytask.merging.routed.RoutedLinear` computes the
+    others as well.
+    """
     if isinstance(system, Ensemble):
         return float((system.weights != 0).sum())
     linear = [m for m in system.modules() if isinstance(m, nn.Linear | RoutedLinear)]
@@ -146,7 +150,7 @@ def forward_multiplier(system: nn.Module) -> float:
 def _extra(layer: RoutedLinear) -> int:
     """Multiplications a token of the experts that are used, and of the router."""
     K, r, width = layer.A.shape
-    used = 1 if layer.router.kind == "prototypes" else layer.router.options.get("top_k") or K
+    used = 1 if layer.router.one_a_sample else layer.router.options.get("top_k") or K
     router = 0 if layer.router.kind == "constant" else K * width
     return min(used, K) * r * (width + layer.out_features) + router
 

@@ -67,7 +67,8 @@ class RoutedLinear(nn.Module):
     Raises:
         InputError: shapes that do not fit.
 
-    Cost: (inputs + outputs) x rank x experts multiplications a token beside the layer's own.
+    Cost: (inputs + outputs) x rank x experts multiplications a token beside the layer's own; where a sample has one expert for all of
+    its tokens, (inputs + outputs) x rank.
     """
 
     forced: Tensor | None = None
@@ -104,6 +105,10 @@ class RoutedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "batch ... inputs"]) -> Float[Tensor, "batch ... outputs"]:
         w = self.weights(x)
         y = F.linear(x, self.weight, self.bias)
+        if self.router.one_a_sample and self.forced is None and x.ndim > 2:
+            chosen = w.reshape(len(x), -1).argmax(-1)
+            h = torch.bmm(x.flatten(1, -2), self.A[chosen].mT)
+            return y + torch.bmm(h, self.B[chosen].mT).view(y.shape)
         if self.mix == "parameters" and w.ndim == 1:
             A, B = torch.einsum("t,tri->ri", w, self.A), torch.einsum("t,tor->or", w, self.B)
             return y + F.linear(F.linear(x, A), B)

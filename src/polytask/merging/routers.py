@@ -25,9 +25,11 @@ class Router(nn.Module, ABC):
     Attributes:
         kind: its name in files.
         options: what beside its tensors makes it, JSON-ready; a router is made anew by ``type(router)(**tensors, **options)``.
+        one_a_sample: whether a sample always gets a single expert with weight 1, so that the others need not be computed.
     """
 
     kind: ClassVar[str]
+    one_a_sample: ClassVar[bool] = False
     options: dict[str, Any]
 
     @abstractmethod
@@ -58,6 +60,7 @@ class Prototypes(Router):
     """
 
     kind = "prototypes"
+    one_a_sample = True
 
     def __init__(self, prototypes: Float[Tensor, "experts inputs"]) -> None:
         super().__init__()
