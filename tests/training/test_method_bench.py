@@ -127,6 +127,16 @@ def test_a_method_that_diverges_is_left_out_with_its_reason(whole: Any, tmp_path
     assert mgda[0]["delta_m_tasks"] == mgda[1]["delta_m_tasks"]
 
 
+def test_a_method_that_needs_gradients_at_the_parameters_gets_them(whole: Any, tmp_path: Path) -> None:
+    """It remembers coordinates: those of the representation are examples, and the last batch of an epoch has fewer."""
+    images, _ = whole
+    small = {"rows": 400, "seeds": 1, "epochs": 1, "trials": 1, "workers": 1, "names": ["excess_mtl", "mgda"]}
+    found = bench_pairs(images, out=tmp_path / "run", **small)
+    levels = {m: h["0"]["level"] for m, h in found["history"].items() if m in small["names"]}
+    assert levels == {"excess_mtl": "exact", "mgda": "representation"}
+    assert found["skipped"] == []
+
+
 def test_what_the_loop_cannot_run_is_left_out_or_refused_where_it_was_asked_for(monkeypatch: Any) -> None:
     monkeypatch.setattr(method_bench, "RUNNABLE", ("losses", "gramian"))
     found, skipped = contenders((), 2)

@@ -146,13 +146,14 @@ def run_job(
     try:
         model = build_model(data, mine, model_options, job.seed)
         options = {n: list(v) if isinstance(v, tuple) else v for n, v in job.options}
+        config = config.but(seed=job.seed, learning_rate=config.learning_rate * job.rate)
         result = train(
             model,
             mine,
             data.part("train", mine),
             data.part("validation", mine),
             balancer=make(job.balancer, seed=job.seed, **options),
-            config=config.but(seed=job.seed, learning_rate=config.learning_rate * job.rate),
+            config=config if job.level == "auto" else config.but(level=job.level),
             folder=folder,
             resume=True,
             progress=None if parent is None else _die_with(parent),

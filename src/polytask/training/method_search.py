@@ -46,13 +46,20 @@ class MethodSearch(Search):
         self.methods = [self.single, self.equal, tuned]
         for method in self.asked:
             try:
-                self.methods.append(self._tuned(_at_rates(method, self.settings)))
+                self.methods.append(self._at_some_level(method))
             except (InputError, TrainingError) as error:
                 self.failed[method.name] = str(error)
         judged = self.bench("validation")
         self.validation = {m.name: judged.delta_m(m.name, SINGLE)[0].mean for m in self.methods}
         self.best, self.chosen = self._choose(judged)
         self.joint = max(self.methods[1:], key=self._score) if self.chosen is self.single else self.chosen
+
+    def _at_some_level(self, method: Method) -> Method:
+        """The method at the level the loop prefers, or at the parameters where it refuses the representation."""
+        try:
+            return self._tuned(_at_rates(method, self.settings))
+        except InputError:
+            return self._tuned(_at_rates(replace(method, level="exact"), self.settings))
 
     def _tuned(self, trials: Sequence[Method]) -> Method:
         """The best of the trials on the first seed, trained on all seeds."""

@@ -94,7 +94,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: which tasks, balanced how, from which seed, at which multiple of the learning rate.
+    """One training: which tasks, balanced how, from which seed, at which multiple of the learning rate, with gradients from where.
 
     Equal jobs have equal names and are trained once.
     """
@@ -104,6 +104,7 @@ class Job:
     options: tuple[tuple[str, Any], ...]
     seed: int
     rate: float = 1.0
+    level: str = "auto"
 
     @property
     def name(self) -> str:
@@ -114,6 +115,8 @@ class Job:
             parts.append(f"{option}-{shown}")
         if self.rate != 1:
             parts.append(f"rate-{self.rate:.4g}")
+        if self.level != "auto":
+            parts.append(f"level-{self.level}")
         return "_".join([*parts, f"seed-{self.seed}"])
 
 
@@ -130,6 +133,7 @@ class Method:
         options: its options.
         why: why it is in the comparison.
         rate: what the learning rate is multiplied by.
+        level: where gradients are taken.
     """
 
     name: str
@@ -140,11 +144,14 @@ class Method:
     options: tuple[tuple[str, Any], ...] = ()
     why: str = ""
     rate: float = 1.0
+    level: str = "auto"
 
     def jobs(self, seed: int) -> list[Job]:
         """The trainings that make the method for one seed, one a group."""
         return [
-            alone(g[0], seed, self.rate) if len(g) == 1 else Job(g, self.balancer, self.options, seed, self.rate)
+            alone(g[0], seed, self.rate)
+            if len(g) == 1
+            else Job(g, self.balancer, self.options, seed, self.rate, self.level)
             for g in self.groups
         ]
 
