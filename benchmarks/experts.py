@@ -88,7 +88,7 @@ def minilm(classes: int) -> nn.Module:
 
 
 MAKE: dict[str, Callable[[int], nn.Module]] = {"vit": vit, "cnn": ConvNet, "text": minilm}
-STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 30, 60)}
+STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 30, 50)}
 """Steps of pre-training, of the warm-up on all tasks, and of fine-tuning."""
 
 RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 5e-5)}

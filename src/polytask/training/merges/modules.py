@@ -76,12 +76,13 @@ def transformers_model(folder: Path, state: State) -> nn.Module:
             f"{folder} has no config.json that names an architecture of transformers: say  model: FILE.py:FUNCTION"
         ) from None
     config = transformers.AutoConfig.from_pretrained(folder)
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+    bars: Any = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         model = architecture.from_pretrained(None, config=config, state_dict=dict(state))
     finally:
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        if shown:
+            bars.enable_progress_bar()
     assert isinstance(model, nn.Module)
     return model
