@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 
 import pytest
@@ -168,3 +169,61 @@ def test_no_step_outlives_itself(deep, backward):
             polytask.backward(losses, balancer=balancer, features=model.features)
         del losses
     assert [r() is not None for r in alive] == [False, False, False, True]
+
+
+class Doubling(torch.autograd.Function):
+    """Knows no rule for batches."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float(g.ne(torch.inf).all()) * 2
+
+
+class TestTogether:
+    """Several losses in one batched backward pass: the rows of one pass a loss."""
+
+    @staticmethod
+    def losses(trunk, x):
+        torch.manual_seed(1)
+        heads = [nn.Linear(8, 1) for _ in range(5)]
+        z = trunk(x)
+        return [(head(z) ** 2).mean() for head in heads], [list(head.parameters()) for head in heads]
+
+    @pytest.mark.parametrize("together", [2, 3, 5, 8])
+    @pytest.mark.parametrize("kind", ["perceptron", "attention", "custom function"])
+    def test_same_rows(self, kind, together, caplog):
+        torch.manual_seed(0)
+        trunk, shape = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8)), (7, 6)
+        function = trunk
+        if kind == "attention":
+            function = trunk = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+            shape = (4, 5, 8)
+        elif kind == "custom function":
+            function = lambda x: Doubling.apply(trunk(x))  # noqa: E731
+        x = torch.randn(*shape)
+        parameters = list(trunk.parameters())
+        expected, apart = jacobian(*self.with_heads(function, x, parameters))
+        with caplog.at_level(logging.INFO, logger="polytask"):
+            rows, extra = jacobian(*self.with_heads(function, x, parameters), together=together)
+        torch.testing.assert_close(rows, expected, rtol=1e-5, atol=1e-7)
+        for mine, theirs in zip(extra, apart, strict=True):
+            for g, h in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(g, h, rtol=1e-5, atol=1e-7)
+        assert ("not taken together" in caplog.text) == (kind == "custom function")
+
+    def with_heads(self, function, x, parameters):
+        losses, own = self.losses(function, x)
+        return losses, parameters, own
+
+    def test_tasks_that_do_not_reach_a_parameter(self):
+        a, b = nn.Linear(3, 1), nn.Linear(3, 1)
+        x = torch.randn(4, 3)
+        losses = [a(x).square().mean(), b(x).square().mean(), (a(x) * b(x)).mean()]
+        rows, _ = jacobian(losses, [*a.parameters(), *b.parameters()], retain_graph=True, together=3)
+        expected, _ = jacobian(losses, [*a.parameters(), *b.parameters()])
+        torch.testing.assert_close(rows, expected)
+        assert (rows[0, 4:] == 0).all()

@@ -318,3 +318,15 @@ def test_log_losses_divide_each_gradient_by_its_loss():
     reference = expected(m, [1 / v for v in values], weigh_heads=True)
     for n, g in gradients(m).items():
         torch.testing.assert_close(g, reference[n], msg=n)
+
+
+@pytest.mark.parametrize("together", [2, 3])
+@pytest.mark.parametrize("balancer", [Fixed, FixedRows])
+def test_losses_taken_together_make_the_same_step(balancer, together):
+    one, several = model(deep_heads=True), model(deep_heads=True)
+    polytask.backward(losses_of(one), shared=one.trunk, balancer=balancer(), level="exact")
+    polytask.backward(losses_of(several), shared=several.trunk, balancer=balancer(), level="exact", together=together)
+    for p, q in zip(one.parameters(), several.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+    with pytest.raises(InputError, match="together=0"):
+        polytask.backward(losses_of(one), shared=one.trunk, balancer=balancer(), level="exact", together=0)

@@ -44,6 +44,7 @@ def backward(
     on_nonfinite: OnNonfinite = "raise",
     counts: Counts = None,
     group: Any = "world",
+    together: int = 1,
 ) -> Observation:
     r"""Fill ``.grad`` of shared and task parameters with what the balancer makes of the losses.
 
@@ -67,6 +68,7 @@ def backward(
             (one pass through the trunk; an upper-bound surrogate); ``auto`` prefers the second where features are given.
         scaler: the gradient scaler of mixed precision; the gradients then stand scaled, as ``scaler.unscale_`` and ``scaler.step`` expect.
             Where one that the method looks at overflows, ``.grad`` tells the scaler so, and the balancer sees nothing of the step.
+            Methods that read loss values only look at no gradient: they learn from the finite losses of a step that the scaler skips too.
         observe: let methods that need loss values only report the Gramian too, where ``features`` make it free.
         on_nonfinite: what to do about a task whose loss, or whose gradient where the method looks at it, is not finite: ``raise``;
             ``skip-task``, as if it were absent; ``skip-step``, which leaves ``.grad`` as it was. The observation tells. Under
@@ -74,6 +76,8 @@ def backward(
         counts: {task: labelled examples that its loss is the mean of}, by which the losses of several processes are averaged; equal when
             omitted. Every process gives the loss of every task: where it has no label, its outputs' sum times zero and a count of 0.
         group: the processes that share the batch: ``world``, a ``ProcessGroup``, or None for this process alone.
+        together: at exact level, how many losses one batched backward pass takes. The number is the caller's and not timed, so that
+            a restarted run takes the same steps; see :func:`polytask.autograd.jacobian` for when more than 1 pays.
 
     Returns:
         What the step saw: losses, weights, Gramian. The same as ``balancer.observation``.
@@ -96,7 +100,10 @@ def backward(
         raise InputError(
             f"{balancer.method.name} looks at the model more than once a step: call polytask.backward_batches(evaluate, batches, ...)"
         )
+    if not (isinstance(together, int) and together >= 1):
+        raise InputError(f"a backward pass takes 1, 2, 3 ... losses, not together={together!r}")
     step = begin(balancer, losses, counts, on_nonfinite, Processes.of(group))
+    step.together = together
     if not step.names:
         balancer.observation = step.not_taken("none", ())
         return balancer.observation

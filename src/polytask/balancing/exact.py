@@ -107,7 +107,9 @@ def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: 
     P = sum(p.numel() for p in parameters)
     processes = step.processes
     padding = processes.padded(P) - P if processes else 0
-    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace, padding=padding)
+    rows, extra = jacobian(
+        step.scaled_losses, parameters, own, workspace=balancer.workspace, padding=padding, together=step.together
+    )
     gradients: TaskGradients = SlicedGradients(rows, P, processes) if processes else DenseGradients(rows)
     direction, seen = weigh(balancer, gradients, step, "exact")
     if direction is None:
@@ -120,7 +122,7 @@ def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: 
 def _by_groups(balancer: Balancer, step: Step, groups: list[Group], own: list[list[Tensor]]) -> Observation:
     """Each group of parameters in a direction of its own, from one Jacobian."""
     parameters = [p for g in groups for p in g.parameters]
-    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace)
+    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace, together=step.together)
     wrong = (~torch.isfinite(rows)).any(1).int()
     if step.processes is not None:
         step.processes.sum_(wrong)

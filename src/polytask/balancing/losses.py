@@ -33,6 +33,7 @@ class Step:
         on_nonfinite: ``raise``, ``skip-task`` or ``skip-step``.
         skipped: tasks left out because their loss is not finite.
         processes: those that share the batch; None for one.
+        together: how many losses one backward pass of a Jacobian takes.
     """
 
     names: list[str]
@@ -44,6 +45,7 @@ class Step:
     on_nonfinite: OnNonfinite = "raise"
     skipped: tuple[str, ...] = ()
     processes: Processes | None = None
+    together: int = 1
 
     @property
     def total(self) -> Tensor:
@@ -69,6 +71,7 @@ class Step:
             self.on_nonfinite,
             self.skipped,
             self.processes,
+            self.together,
         )
 
     def not_taken(self, level: str, skipped: Sequence[str]) -> Observation:
