@@ -52,7 +52,7 @@ class ESM(TaskVectorMerger):
 
     needs = "statistics"
     statistic = "gramian"
-    scratch = 10.0
+    scratch = 40.0  # the stacks and their decomposition are outputs x outputs in float64, for layers up to four times as tall as wide
 
     def __init__(
         self,
