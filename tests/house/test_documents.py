@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -24,7 +25,9 @@ def test_every_python_block_of_the_readme_runs(position: str, tmp_path: Path, mo
     assert claims, "an example leaves something behind that a reader can look at"
 
 
-@pytest.mark.parametrize("document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md", "docs/merge-compare.md"])
+@pytest.mark.parametrize(
+    "document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md", "docs/merge-compare.md"]
+)
 def test_the_python_blocks_of_a_guide_run_one_after_another(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,3 +74,14 @@ def test_links_between_documents_lead_somewhere(root: Path) -> None:
 def test_the_changelog_knows_this_version_or_what_is_coming(root: Path) -> None:
     text = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## [{polytask.__version__}]" in text or "## [Unreleased]" in text
+
+
+def test_the_tables_of_the_guide_are_those_of_the_kept_results(root: Path) -> None:
+    spec = importlib.util.spec_from_file_location("guide", root / "benchmarks" / "guide.py")
+    assert spec is not None
+    assert spec.loader is not None
+    guide = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(guide)
+    text = (root / "docs" / "which-method.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table ") > 0
+    assert guide.written(text) == text
