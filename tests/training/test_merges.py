@@ -162,6 +162,10 @@ def test_systems_join(tmp_path: Path) -> None:
         == 1
     )
     assert found["adamerging"]["chosen"] == [{"steps": 3, "start": 0.8}]
+    # what is larger than one model is named beside the verdict, not in its place
+    said = json.loads((tmp_path / "results.json").read_text())["verdict"]
+    assert said["method"] in ("task_arithmetic", "adamerging")
+    assert "emr (a mask for each task) keeps 100.0 %" in said["text"]
     with pytest.raises(InputError, match="filter"):
         candidate("emr", experts=T, filters=["trim"])
     with pytest.raises(InputError, match="density"):
@@ -381,6 +385,35 @@ def test_bad_input_is_one_sentence(written: Path, case: str) -> None:
     assert named in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (written.parent / "out/results.json").exists()
+
+
+def test_folders_of_transformers(tmp_path: Path) -> None:
+    """Its files hold tensors under older names than its models do: statistics and routed experts must meet them all the same."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    x = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    entries = []
+    for seed, (name, classes) in enumerate([("base", 7), ("one", 2), ("two", 3)]):
+        torch.manual_seed(seed)
+        model = transformers.ViTForImageClassification(
+            transformers.ViTConfig(**sizes, num_channels=1, num_labels=classes, initializer_range=0.3)
+        ).eval()
+        model.save_pretrained(tmp_path / name)
+        with torch.no_grad():
+            y = model(pixel_values=x).logits.argmax(-1)
+        save_file({"pixel_values": x, "labels": y}, tmp_path / f"{name}.safetensors")
+        data = f"{name}.safetensors"
+        entries.append({"name": name, "expert": name, "validation": data, "test": data})
+    said = {"base": "base", "head": "classifier.*", "tasks": entries[1:], "methods": ["regmean", "esm_pp", "average"]}
+    (tmp_path / "compare.yml").write_text(json.dumps(said))
+    done = polytask(tmp_path / "compare.yml", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results["left_out"] == []
+    assert by_name(results)["experts"]["mean_accuracy"]["mean"] == 1
+    assert by_name(results)["regmean"]["statistic_seconds"] > 0
 
 
 def test_seeds_of_the_command_line(written: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import open_checkpoint
@@ -230,7 +230,13 @@ class _Reader:
         common = self.said.get("model")
         shared = _path(str(common).replace(SEED, str(seed)), self.file) if common else None
         folders = {n: p if (p / "config.json").exists() or shared is None else shared for n, p in paths.items()}
-        return Lineage(base, states, lambda task, state: transformers_model(folders[task], state), self.head, seed)
+
+        def build(task: str, state: State) -> nn.Module:
+            return transformers_model(folders[task], state)
+
+        # files may hold tensors under older names than models do: what hooks see and what is merged must be called the same
+        base, *experts = (build(n, state).state_dict() for n, state in {"": base, **states}.items())
+        return Lineage(base, dict(zip(states, experts, strict=True)), build, self.head, seed)
 
 
 def _state(path: Path) -> State:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float64]
 SCHEMA = 1
+ONE_MODEL = ("method", "baseline")
+"""Roles of candidates that give one model of the base's size; others are judged beside them, not among them."""
 
 
 class Replicates:
@@ -120,9 +122,10 @@ def _cost(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _verdict(rows: Sequence[Mapping[str, Any]], drawn: Replicates, names: Sequence[str]) -> dict[str, Any]:
-    """The method that validation chose, how it does on test rows, and which methods cannot be told from it there."""
+    """The method giving one model that validation chose, how it does on test rows, and which methods cannot be told from it there."""
     expert, baseline = names.index(EXPERTS), names.index(BASELINE)
-    methods = [i for i, row in enumerate(rows) if row["role"] != "reference"]
+    methods = [i for i, row in enumerate(rows) if row["role"] in ONE_MODEL]
+    larger = [row for row in rows if row["role"] not in (*ONE_MODEL, "reference")]
     chosen = max(methods, key=lambda i: rows[i]["validation_score"])
     behind = {names[i]: drawn.difference(chosen, i, expert) for i in methods if i != chosen}
     alike = [n for n, d in behind.items() if not d.excludes_zero]
@@ -134,8 +137,12 @@ def _verdict(rows: Sequence[Mapping[str, Any]], drawn: Replicates, names: Sequen
         "over_base": drawn.difference(chosen, names.index(BASE), expert).to_json(),
         "alike": alike,
         "ahead": ahead,
-        "text": _sentence(rows[chosen], over, chosen == baseline, alike, ahead),
+        "text": " ".join([_sentence(rows[chosen], over, chosen == baseline, alike, ahead), *map(_beyond, larger)]),
     }
+
+
+def _beyond(row: Mapping[str, Any]) -> str:
+    return f"{row['label']} ({row['role']}) keeps {100 * row['normalised']['mean']:.1f} %."
 
 
 def _sentence(
