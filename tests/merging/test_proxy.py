@@ -179,9 +179,11 @@ def test_statistics_asked_for_and_not() -> None:
         merge(None, experts, "esm", statistics=seen)
 
 
-def test_proxy_inputs_for_a_method_without_statistics(place: Path) -> None:
+def test_proxy_inputs_and_methods_that_have_no_use_for_them_or_lack_them(place: Path) -> None:
     with pytest.raises(InputError, match="ties uses no statistics"):
         plan(place, "ties")
+    with pytest.raises(InputError, match="regmean looks at data: name a few dozen inputs of each expert"):
+        MergePlan([place / "cars"], None, "regmean")
     assert polytask("merge", place / "base", place / "cars", "--model", "a:b").exit_code == 2
 
 

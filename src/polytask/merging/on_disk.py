@@ -91,6 +91,8 @@ class MergePlan:
             raise InputError("there is nothing to merge: no expert was given")
         if self.shard_size <= 0:
             raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
+        if self.statistic is not None and self.proxy is None:
+            raise InputError(f"{self.method} looks at data: name a few dozen inputs of each expert, with --proxy DATA")
         self.engine.check(
             self.match.merged, len(self.experts), self.base is not None, len(self.experts) if self.proxy else 0
         )
