@@ -11,7 +11,7 @@ Mask = npt.NDArray[np.bool_]
 Single = npt.NDArray[np.float32]
 
 ACCURACY = 1e-9  # of residuals, relative to the largest number of the row
-ROUGH, FINE = 0.4, 1e-3  # how far a residual is lowered while free sets still change, and afterwards
+ROUGH, FINE = 0.3, 1e-3  # how far a residual is lowered while free sets still change, and afterwards
 SWEEPS = 10
 PATIENCE = 4  # sweeps after which half of the free sets should have stopped changing
 MOST_STEPS = 25
