@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 GUIDE = ROOT / "docs" / "which-method.md"
-KEPT = ("name", "label", "role", "delta_m_tasks", "delta_m_tasks_interval", "mean_rank", "seconds", "values")
+KEPT = ("name", "label", "role", "delta_m_tasks", "delta_m_tasks_interval", "mean_rank", "values")
 
 
 def keep(results: dict[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def keep(results: dict[str, Any]) -> dict[str, Any]:
 
 def table(kept: dict[str, Any]) -> str:
     """The rows from best to worst, as Markdown."""
-    lines = ["| | Delta_m | 95 % interval | mean rank | seconds |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = ["| | Delta_m | 95 % interval | mean rank |", "| --- | ---: | ---: | ---: |"]
     for m in sorted(kept["methods"], key=lambda m: -m["delta_m_tasks"]):
         low, high = m["delta_m_tasks_interval"]
         name = m["label"] if m["role"] == "method" else f"**{m['label']}**"

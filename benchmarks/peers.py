@@ -1,4 +1,6 @@
-"""Steps of TorchJD and LibMTL beside polytask's: ``polytask bench steps --beside benchmarks/peers.py`` (extra ``bench``).
+"""Steps of TorchJD and LibMTL beside polytask's: ``polytask bench steps --beside benchmarks/peers.py``.
+
+TorchJD is the extra ``bench``; LibMTL comes by ``pip install --no-deps LibMTL==1.1.5``, without torchvision, which no step needs.
 
 Each library takes the step its own documentation shows, with its defaults. TorchJD's aggregators combine exact gradients at the shared
 parameters; LibMTL's weightings do so with ``rep_grad=False``, and work on the representation with ``rep_grad=True``.
@@ -68,7 +70,9 @@ WEIGHTINGS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
 def contenders() -> Iterator[Contender]:
     """The methods of the libraries that are installed."""
     if not (_installed("torchjd") or _installed("LibMTL")):
-        raise ImportError("neither torchjd nor LibMTL is installed: pip install 'polytask[bench]'")
+        raise ImportError(
+            "neither torchjd nor LibMTL is installed: pip install 'polytask[bench]', pip install --no-deps LibMTL"
+        )
     if _installed("torchjd"):
         name = f"torchjd {version('torchjd')}"
         for method, what in AGGREGATORS.items():
