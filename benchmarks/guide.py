@@ -37,9 +37,7 @@ def table(kept: dict[str, Any]) -> str:
         low, high = m["delta_m_tasks_interval"]
         name = m["label"] if m["role"] == "method" else f"**{m['label']}**"
         interval = "" if m["role"] == "reference" else f"[{low:+.1f}, {high:+.1f}]"
-        lines.append(
-            f"| {name} | {m['delta_m_tasks']:+.1f} % | {interval} | {m['mean_rank']:.1f} | {m['seconds']:.1f} |"
-        )
+        lines.append(f"| {name} | {m['delta_m_tasks']:+.1f} % | {interval} | {m['mean_rank']:.1f} |")
     return "\n".join(lines)
 
 
