@@ -110,13 +110,15 @@ class ESM(TaskVectorMerger):
             s, U_t, V_t = esd(delta, S[:-1, :-1], k)
             omega = (s.square() / s.square().mean()) ** self.spread
             omega = omega / omega.mean()
-            U.append((U_t * omega).to(D.dtype))
-            V.append((nu**self.power * omega[:, None] * V_t).to(D.dtype))
+            U.append(U_t * omega)
+            V.append(nu**self.power * omega[:, None] * V_t)
         left, right = torch.cat(U, 1), torch.cat(V)
         if not len(right):
             return torch.zeros_like(D[0])
         c = right.norm(dim=0)
-        return scaled_polar(left) @ scaled_polar(right * (c / c.mean()) ** self.power) * self.gain
+        # stacks of many experts are ill-conditioned: in float64 until the end
+        merged = scaled_polar(left) @ scaled_polar(right * (c / c.mean()) ** self.power)
+        return (merged * self.gain).to(D.dtype)
 
 
 def role(name: str) -> str:
