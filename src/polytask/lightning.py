@@ -157,11 +157,12 @@ class MultiTaskModule(pl.LightningModule):
 
     def _backward(self, losses: dict[str, Tensor], counts: dict[str, Tensor] | None) -> Observation:
         exact = self.level == "exact" or (self.level == "auto" and not self.model.features)
-        if not exact or isinstance(self.balancer, LossWeighting):
+        at_parameters = exact and not isinstance(self.balancer, LossWeighting)
+        if not at_parameters:
             self.trainer.strategy.pre_backward(torch.stack(list(losses.values())).sum())
         return backward(
             losses,
-            shared=self.model.shared_parameters() if len(losses) == len(self.tasks) else None,
+            shared=self.model.shared_parameters() if at_parameters and len(losses) == len(self.tasks) else None,
             balancer=self.balancer,
             features=self.model.features or None,
             level=self.level,

@@ -11,8 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import polytask
-from polytask.balancing import make
-from polytask.balancing.accumulation import Accumulation
+from polytask.balancing import Accumulation, make
 from polytask.errors import InputError
 from polytask.models import HardSharing
 

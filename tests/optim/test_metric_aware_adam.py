@@ -369,7 +369,7 @@ class TestRefusals:
             optimizer.backward(losses, shared=model.trunk)
         assert all(p.grad is None for p in model.parameters())
 
-    @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0, 0.0], [1.0, float("nan"), 0.0]])
+    @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0, 0.0], [1.0, float("nan"), 0.0], 5, "xyz"])
     def test_weights_that_do_not_fit(self, weights):
         model = network()
         with pytest.raises(InputError, match="3 weights of at least 0"):

@@ -63,7 +63,7 @@ def partition(
             for who, parameters in by_readers.items()
         ]
     elif isinstance(shared, Mapping):
-        groups = _named_groups(shared, readers, complete)
+        groups = _named_groups(shared, readers, names, complete)
     else:
         groups = [Group(None, everyone, _trainable(shared))]
         _check_shared(groups[0].parameters, readers, names, complete)
@@ -71,7 +71,9 @@ def partition(
     return groups, [[p for p in mine if id(p) not in belongs] for mine in reached]
 
 
-def _named_groups(shared: Mapping[str, Parameters], readers: Mapping[int, list[int]], complete: bool) -> list[Group]:
+def _named_groups(
+    shared: Mapping[str, Parameters], readers: Mapping[int, list[int]], names: Sequence[str], complete: bool
+) -> list[Group]:
     groups = []
     listed: dict[int, str] = {}
     for number, (key, parameters) in enumerate(shared.items()):
@@ -85,14 +87,28 @@ def _named_groups(shared: Mapping[str, Parameters], readers: Mapping[int, list[i
         members = sorted({k for p in mine for k in readers.get(id(p), ())})
         if not members and complete:
             raise InputError(f"no loss reaches any of the shared parameters of the group {key!r}")
+        lonely = [p for p in mine if id(p) not in readers]
+        if lonely and complete:
+            raise InputError(
+                f"no loss reaches a shared parameter of shape {tuple(lonely[0].shape)} in the group {key!r}: take it out, or freeze it"
+            )
+        single = [p for p in mine if len(readers.get(id(p), ())) == 1]
+        if single and complete and len(names) > 1:
+            raise InputError(
+                f"a parameter of shape {tuple(single[0].shape)} in the group {key!r} is not shared: "
+                f"only the loss of {names[readers[id(single[0])][0]]!r} reaches it"
+            )
         if members:
             groups.append(Group(None if number == 0 else key, members, mine))
     return groups
 
 
 def _trainable(parameters: Parameters) -> list[Tensor]:
-    given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    return [p for p in given if p.requires_grad]
+    given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
+    for p in given:
+        if not isinstance(p, Tensor):
+            raise InputError(f"shared parameters are tensors, and one of those given is of type {type(p).__name__}")
+    return list({id(p): p for p in given if p.requires_grad}.values())  # tied ones may be listed twice
 
 
 def _check_shared(

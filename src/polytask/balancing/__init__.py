@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from polytask.balancing.accumulation import Accumulation
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, Preference
 from polytask.balancing.engine import backward
 from polytask.balancing.observation import Observation
@@ -12,6 +13,7 @@ from polytask.balancing.several_batches import backward_batches, step
 from polytask.errors import InputError
 
 __all__ = [
+    "Accumulation",
     "Balancer",
     "GradientAggregator",
     "GramianWeighting",

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polytask.autograd import Processes, gramian, jacobian, leaves
+from polytask.autograd import Processes, gramian, jacobian, leaves, named_losses
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, precision_of
 from polytask.balancing.losses import same_start
 from polytask.balancing.observation import Observation
-from polytask.errors import TrainingError
+from polytask.errors import InputError, TrainingError
 
 
 class Accumulation:
@@ -28,12 +28,27 @@ class Accumulation:
         shared: the parameters to be balanced.
         scale: what the losses are multiplied by for float16 (``scaler.get_scale()``); the gradients written stand multiplied by it.
 
+    Raises:
+        InputError: no shared parameter that requires gradients.
+
     Cost: K backward passes a micro-batch, K x P numbers; between processes one all-reduce of them.
+
+    Example:
+        >>> import torch, polytask
+        >>> theta = torch.nn.Parameter(torch.ones(2))
+        >>> whole = polytask.balancing.Accumulation(polytask.balancing.make("upgrad"), ["first", "both"], [theta])
+        >>> for x in torch.ones(4, 2).split(2):  # losses are means: each piece counts for its share of the rows
+        ...     y = x * theta
+        ...     whole.add({"first": y[:, 0].square().mean() / 2, "both": y.square().mean() / 2})
+        >>> whole.backward().losses
+        tensor([1., 1.])
     """
 
     def __init__(self, balancer: Balancer, tasks: Sequence[str], shared: Iterable[Tensor], scale: float = 1.0) -> None:
         self.balancer, self.tasks, self.scale = balancer, tuple(tasks), scale
-        self.shared = [p for p in shared if p.requires_grad]
+        self.shared = list({id(p): p for p in shared if p.requires_grad}.values())
+        if not self.shared:
+            raise InputError("there is no shared parameter that requires gradients: nothing is to be balanced")
         first = self.shared[0]
         self.jacobian = torch.zeros(
             len(self.tasks), sum(p.numel() for p in self.shared), dtype=first.dtype, device=first.device
@@ -43,9 +58,17 @@ class Accumulation:
         self.own: list[dict[Tensor, Tensor]] = [{} for _ in self.tasks]
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
-        """Take one micro-batch's pieces of the losses: {task: scalar with graph}; absent tasks are left out."""
+        """Take one micro-batch's pieces of the losses: {task: scalar with graph}; absent tasks are left out.
+
+        Raises:
+            InputError: a loss that is not a scalar with graph, or of a task that is none of ``tasks``.
+        """
         if not losses:
             return
+        losses = named_losses(losses)
+        unknown = [n for n in losses if n not in self.tasks]
+        if unknown:
+            raise InputError(f"the tasks are {', '.join(self.tasks)}; {unknown[0]} is not one of them")
         common = {id(p) for p in self.shared}
         mine = [[p for p in leaves(loss) if id(p) not in common] for loss in losses.values()]
         rows, extra = jacobian([loss * self.scale for loss in losses.values()], self.shared, mine)

@@ -50,6 +50,16 @@ class BaseOptions(TypedDict, total=False):
     seed: int
 
 
+def _positive(preference: Any) -> bool:
+    try:
+        values = np.asarray(
+            [*(preference.values() if isinstance(preference, Mapping) else preference)], dtype=np.float64
+        )
+    except (TypeError, ValueError):
+        return False
+    return values.ndim == 1 and len(values) > 0 and bool((np.isfinite(values) & (values > 0)).all())
+
+
 class Balancer(ABC):
     """A stateful rule that turns the losses of several tasks into one update.
 
@@ -83,10 +93,8 @@ class Balancer(ABC):
     def __init__(
         self, *, preference: Preference = None, log_losses: bool = False, every: int = 1, seed: int = 0
     ) -> None:
-        if preference is not None:
-            values = list(preference.values()) if isinstance(preference, Mapping) else list(preference)
-            if not values or not all(np.isfinite(v) and v > 0 for v in values):
-                raise InputError(f"a preference vector holds one positive number a task, not {values}")
+        if preference is not None and not _positive(preference):
+            raise InputError(f"a preference vector holds one positive number a task, not {preference!r}")
         if not (isinstance(every, int) and every >= 1):
             raise InputError(f"weights are found anew at every 1, 2, 3 ... steps, not every={every!r}")
         self.preference = preference

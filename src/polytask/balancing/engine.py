@@ -18,6 +18,7 @@ from polytask.autograd import (
     TaskGradients,
     jacobian,
     leaves,
+    partition,
 )
 from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, LossWeighting
@@ -111,6 +112,8 @@ def backward(
         # asking a scaler to scale is what makes a fresh one ready for unscale_ and step
         step.scale, step.scaled = float(scaler.scale(torch.ones(()))), True
     ports = _features(features)
+    if shared is not None and balancer.observation is None and step.processes is None:
+        _check_shared(balancer, step, shared)
     if isinstance(balancer, LossWeighting):
         observation = _values(balancer, step, ports if observe else [])
     elif level == "exact" or (level == "auto" and not ports):
@@ -123,6 +126,15 @@ def backward(
         observation = _two_passes(balancer, step, [f.tensor if isinstance(f, FanOut) else f for f in ports])
     balancer.observation = observation
     return observation
+
+
+def _check_shared(balancer: Balancer, step: Step, shared: Shared) -> None:
+    """Whether the parameters called shared are, also where no gradient is taken at them; a walk over the graph, in the first step only."""
+    try:
+        reached = [leaves(loss, complete=True) for loss in step.scalars]
+    except InputError:  # reentrant checkpoints hide parameters, which only exact gradients mind
+        return
+    partition(step.names, len(step.names) == len(balancer.tasks or ()), reached, shared)
 
 
 def _exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:

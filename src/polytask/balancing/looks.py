@@ -142,7 +142,8 @@ class Looks:
         if balancer.tasks is None and union:
             balancer.bind(union)
         self.names = [n for n in union if all(n in losses for losses in self._fresh.values())]
-        balancer.bind(self.names)
+        if self.names:
+            balancer.bind(self.names)
         self._names_known = True
         for losses in self._fresh.values():
             _refuse({n: losses[n] for n in self.names})

@@ -25,6 +25,10 @@ class TaskBalancer(Protocol):
     needs: ClassVar[str]
     method: ClassVar[Method]
 
+    @property
+    def roles(self) -> Sequence[str]:
+        """Of the batches it looks at in a step."""
+
     def bind(self, tasks: Sequence[str]) -> None:
         """Fix the tasks, or find those given among them."""
 
@@ -47,7 +51,10 @@ def weights_before_gradients(
         return torch.ones_like(losses)
     if isinstance(weights, Mapping) and not set(names) <= set(weights):
         raise InputError(f"no weight is given for the task {sorted(set(names) - set(weights))[0]!r}")
-    given = [float(weights[n]) for n in names] if isinstance(weights, Mapping) else [float(w) for w in weights]
+    try:
+        given = [float(weights[n]) for n in names] if isinstance(weights, Mapping) else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{len(names)} weights of at least 0 are needed, one a task, not {weights!r}") from error
     if len(given) != len(names) or not all(0 <= w < math.inf for w in given):
         raise InputError(f"{len(names)} weights of at least 0 are needed, one a task, not {given}")
     return losses.new_tensor(given)

@@ -118,6 +118,10 @@ class TaskOptimizer(Optimizer, ABC):
             raise InputError("give a balancer or weights, not both")
         if isinstance(balancer, str):
             balancer = cast(TaskBalancer, find(balancer, family="balancing").factory())
+        if balancer is not None and (balancer.needs == "several batches" or len(balancer.roles) > 1):
+            raise InputError(
+                f"{balancer.method.name} looks at several batches, and an optimizer's backward is given one"
+            )
         self.bind(list(named))
         each = [loss if balancer is None else balancer.transform(loss) for loss in named.values()]
         values = torch.stack(each).detach()

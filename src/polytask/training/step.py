@@ -283,7 +283,9 @@ class Stepper:
                 mine = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = self.accelerator.reduce(mine, "sum")
 
-    def _shared(self, losses: dict[str, Tensor]) -> list[Tensor]:
+    def _shared(self, losses: dict[str, Tensor]) -> list[Tensor] | None:
+        if isinstance(self.balancer, LossWeighting) or (self.module.features and self.config.level != "exact"):
+            return None  # no gradient is taken at them: a trunk may have parameters that nothing uses
         shared: list[Tensor] = list(self.module.shared_parameters())
         if len(losses) == len(self.tasks):
             return shared

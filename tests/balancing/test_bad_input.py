@@ -1,0 +1,91 @@
+"""What is given wrongly is refused in a sentence, by methods of every kind, and no ``.grad`` is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import polytask
+from polytask.balancing import Accumulation, make
+from polytask.errors import InputError
+
+KINDS = ("equal", "famo", "upgrad", "graddrop", "modo", "f_mtl")
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.a, self.b, self.stranger = nn.Linear(4, 6), nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(3, 3)
+        self.x = torch.randn(8, 4)
+
+    def losses(self, _=None) -> dict[str, torch.Tensor]:
+        self.z = torch.tanh(self.trunk(self.x))
+        return {"a": (self.a(self.z) - 1).square().mean(), "b": (self.b(self.z) + 1).square().mean()}
+
+
+def refused(model: Model, match: str, method: str, shared, features=None) -> None:
+    balancer = make(method)
+    batches = [None] * len(balancer.roles)
+    with pytest.raises(InputError, match=match):
+        polytask.backward_batches(model.losses, batches, balancer=balancer, shared=shared, features=features)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_what_is_called_shared_is_shared(method) -> None:
+    m = Model()
+    trunk = list(m.trunk.parameters())
+    refused(
+        m, r"no loss reaches shared parameter number 2 of shape \(3, 3\)", method, [*trunk, *m.stranger.parameters()]
+    )
+    refused(m, "only the loss of 'a' reaches it", method, [*trunk, *m.a.parameters()])
+    refused(m, "of type str", method, [*trunk, "bias"])
+    refused(m, "in the group 'both': take it out", method, {"both": [*trunk, *m.stranger.parameters()]})
+    refused(m, "in the group 'head' is not shared: only the loss of 'a'", method, {"trunk": m.trunk, "head": m.a})
+
+
+@pytest.mark.parametrize("method", ["equal", "upgrad", "graddrop"])
+def test_what_is_called_shared_is_shared_where_the_representation_is_balanced_too(method) -> None:
+    m = Model()
+    refused(m, "only the loss of 'b' reaches it", method, [m.trunk.weight, m.b.weight], features=lambda: m.z)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_a_parameter_listed_twice_counts_once(method) -> None:
+    found = []
+    for shared in ([0, 1], [0, 1, 0]):
+        m = Model()
+        trunk = list(m.trunk.parameters())
+        balancer = make(method)
+        batches = [None] * len(balancer.roles)
+        polytask.backward_batches(m.losses, batches, balancer=balancer, shared=[trunk[i] for i in shared])
+        found.append(torch.cat([p.grad.flatten() for p in trunk]))
+    torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("preference", [[1, -1], [0, 1], [1, float("nan")], ["x", "y"], [], 5, {"a": 1, "b": -1}])
+def test_a_preference_that_is_none(preference) -> None:
+    with pytest.raises(InputError, match="one positive number a task"):
+        make("upgrad", preference=preference)
+
+
+def test_a_batch_without_losses_fixes_no_tasks() -> None:
+    m, balancer = Model(), make("modo")
+    seen = polytask.backward_batches(lambda _: {}, [None] * 3, balancer=balancer, shared=m.trunk)
+    assert not seen.taken
+    assert polytask.backward_batches(m.losses, [None] * 3, balancer=balancer, shared=m.trunk).taken
+
+
+def test_micro_batches_are_checked_as_they_come() -> None:
+    m = Model()
+    with pytest.raises(InputError, match="nothing is to be balanced"):
+        Accumulation(make("upgrad"), ["a", "b"], [])
+    whole = Accumulation(make("upgrad"), ["a", "b"], m.trunk.parameters())
+    losses = m.losses()
+    with pytest.raises(InputError, match="'b' has no graph"):
+        whole.add({"a": losses["a"], "b": losses["b"].detach()})
+    with pytest.raises(InputError, match="the tasks are a, b; c is not"):
+        whole.add({"c": losses["a"]})
+    assert not whole.present.any()
