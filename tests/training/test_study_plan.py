@@ -56,6 +56,12 @@ def test_methods_asked_for_are_found_by_alias_and_once() -> None:
         "mgda",
         "log_losses",
     ]
+    variants = balancing_methods(["LOG_FAMO", "famo", "log-famo", "PSMGD"], 2)
+    assert [(m.name, m.balancer, dict(m.options)) for m in variants] == [
+        ("log_famo", "famo", {"log_losses": True}),
+        ("famo", "famo", {}),
+        ("psmgd", "mgda", {"every": 4}),
+    ]
     with pytest.raises(InputError, match="no balancing method called 'mgd4'"):
         balancing_methods(["mgd4"], 2)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from polytask.balancing.presets import resolve
 from polytask.errors import InputError
-from polytask.registry import find
 from polytask.training.config import TrainConfig
 
 SINGLE, EQUAL, SCALARIZATION, LOG_LOSSES, GROUPS = "single_task", "equal", "scalarization", "log_losses", "groups"
@@ -234,17 +234,15 @@ def balancing_methods(balance: Sequence[str], n_tasks: int, *, short: bool = Fal
                 automatic.get(name, "asked for"),
             )
             continue
-        entry = find(name, family="balancing")
-        if entry.name != EQUAL:  # always there
-            found[entry.name] = Method(
-                entry.name,
-                _label(entry.factory, entry.name),
-                "method",
-                everyone,
-                entry.name,
-                (),
-                automatic.get(name, "asked for"),
-            )
+        entry, options = resolve(name)
+        if entry.name == EQUAL and not options:  # always there
+            continue
+        if options:  # LOG_X, or another library's name of a variant
+            key, label = name.lower().replace("-", "_"), f"{_label(entry.factory, entry.name)} ({name})"
+        else:
+            key, label = entry.name, _label(entry.factory, entry.name)
+        why = automatic.get(name, "asked for")
+        found[key] = Method(key, label, "method", everyone, entry.name, tuple(options.items()), why)
     return list(found.values())
 
 
