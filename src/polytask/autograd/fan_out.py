@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without its second of imports
 from torch.nn import functional as F
 
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
@@ -67,6 +68,7 @@ class Copies(FanOut):
         copies: {task: view of z}; each task's head must read its own.
     """
 
+    @_disable_dynamo  # a compiled graph would keep the junction as it was when traced
     def __init__(self, tensor: Float[Tensor, "batch *shape"], tasks: Iterable[str]) -> None:
         super().__init__(tensor, Junction(tasks))
         names = self.junction.tasks
@@ -107,6 +109,7 @@ class LinearHeads(FanOut):
         outputs: {task: (batch, ..., outputs of the task)}.
     """
 
+    @_disable_dynamo
     def __init__(self, tensor: Float[Tensor, "batch *shape"], heads: Mapping[str, nn.Linear]) -> None:
         super().__init__(tensor, Junction(heads, (h.bias is not None for h in heads.values())))
         weights = [h.weight for h in heads.values()]

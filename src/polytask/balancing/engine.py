@@ -112,11 +112,12 @@ def backward(
         # asking a scaler to scale is what makes a fresh one ready for unscale_ and step
         step.scale, step.scaled = float(scaler.scale(torch.ones(()))), True
     ports = _features(features)
-    if shared is not None and balancer.observation is None and step.processes is None:
+    at_parameters = level == "exact" or (level == "auto" and not ports)
+    if isinstance(balancer, LossWeighting) or not at_parameters:
         _check_shared(balancer, step, shared)
     if isinstance(balancer, LossWeighting):
         observation = _values(balancer, step, ports if observe else [])
-    elif level == "exact" or (level == "auto" and not ports):
+    elif at_parameters:
         observation = _exact(balancer, step, shared)
     elif not ports:
         raise InputError("level='representation' needs features=: the shared representation that every head reads")
@@ -130,6 +131,8 @@ def backward(
 
 def _check_shared(balancer: Balancer, step: Step, shared: Shared) -> None:
     """Whether the parameters called shared are, also where no gradient is taken at them; a walk over the graph, in the first step only."""
+    if shared is None or balancer.observation is not None or step.processes is not None:
+        return
     try:
         reached = [leaves(loss, complete=True) for loss in step.scalars]
     except InputError:  # reentrant checkpoints hide parameters, which only exact gradients mind
