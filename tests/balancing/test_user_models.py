@@ -206,6 +206,24 @@ def test_a_compiled_trunk(backend) -> None:
             torch.testing.assert_close(q.grad, p.grad, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("head", [lambda: nn.Linear(6, 1), lambda: nn.Sequential(nn.Linear(6, 1), nn.Tanh())])
+@functorch.patch(donated_buffer=False)
+def test_a_compiled_multi_task_model(head) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    m = HardSharing(nn.Sequential(nn.Linear(5, 6), nn.Tanh()), {n: head() for n in NAMES})
+    x = torch.randn(16, 5)
+    for level in ("representation", "exact"):
+        found = []
+        for run in (m, torch.compile(m, backend="aot_eager")):
+            m.zero_grad()
+            losses = {n: (y - k).square().mean() for k, (n, y) in enumerate(run(x).items())}
+            seen = polytask.backward(losses, balancer="upgrad", features=m.features, level=level)
+            assert seen.level == level
+            found.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
+        torch.testing.assert_close(found[1], found[0])
+
+
 @functorch.patch(donated_buffer=True)
 def test_a_compiled_trunk_that_donates_its_buffers_says_what_to_do() -> None:
     torch._dynamo.reset()
