@@ -379,3 +379,11 @@ def test_what_cannot_be_fitted_is_said() -> None:
         Posteriors.of(BASE, STATES, BASE, GRAMIANS[:2])
     with pytest.raises(InputError, match="no matrix to be fitted"):
         Posteriors.of(BASE, STATES, BASE, [{"x": torch.ones(2, 2)}] * 3)
+
+
+def test_a_bias_of_a_transposed_weight_is_the_anchor_s() -> None:
+    shapes = {"c_attn.weight": (4, 6), "c_attn.bias": (6,)}
+    base, *experts = ({n: draw(*s, seed=10 * k + len(s)) for n, s in shapes.items()} for k in range(3))
+    found = merge(base, experts, "bmm_data_free")
+    assert close(found["c_attn.bias"], merge(base, experts, "task_arithmetic")["c_attn.bias"])
+    assert close(found["c_attn.weight"], merge(base, experts, "bmm_data_free", bias=False)["c_attn.weight"])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from polytask.cli import app
 from polytask.errors import InputError
-from polytask.merging import forcing, gather_gramians, load_routed, merge, recording, route
+from polytask.merging import forcing, gather_gramians, load_routed, merge, recording, route_by_prototypes
 from polytask.merging.routed import routed_layers
 
 from .test_proxy import build, inputs, place  # noqa: F401
@@ -54,7 +54,7 @@ def routed(rank: int = 99, layers: list[str] | str = ("*in_proj_weight", "fc*"))
     states = {n: m.state_dict() for n, m in experts.items()}
     merged = block(0)
     merged.load_state_dict(merge(block(0).state_dict(), states, "esm", statistics=seen))
-    route(merged, states, seen, rank=rank, layers=layers)
+    route_by_prototypes(merged, states, seen, rank=rank, layers=layers)
     return merged
 
 
@@ -107,10 +107,10 @@ def test_bad_input() -> None:
     states = {n: block(s).state_dict() for n, s in TRAINED.items()}
     seen = [gather_gramians(block(s), [tokens(s)]) for s in TRAINED.values()]
     with pytest.raises(InputError, match="a statistic of each of the 2 experts, and 1 were given"):
-        route(block(0), states, seen[:1])
+        route_by_prototypes(block(0), states, seen[:1])
     states["cars"] = states["cars"] | {"out.weight": torch.zeros(5, 12)}
     with pytest.raises(InputError, match=r"cars has no tensor out.weight of shape \[3, 12\]: leave that layer out"):
-        route(block(0), states, seen)
+        route_by_prototypes(block(0), states, seen)
 
 
 def test_the_command_writes_a_folder_that_loads(place: Path) -> None:  # noqa: F811
@@ -129,7 +129,7 @@ def test_the_command_writes_a_folder_that_loads(place: Path) -> None:  # noqa: F
     states = {n: m.state_dict() for n, m in experts.items()}
     merged = build(0)
     merged.load_state_dict(merge(build(0).state_dict(), states, "esm", statistics=seen, scale=0.5))
-    expected = route(merged, states, seen, rank=3, layers="0*")
+    expected = route_by_prototypes(merged, states, seen, rank=3, layers="0*")
     with torch.no_grad():
         assert torch.allclose(loaded(inputs(7)), expected(inputs(7)), atol=1e-4)
 

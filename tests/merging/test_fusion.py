@@ -23,7 +23,7 @@ from polytask.merging.coefficients import (
     search_coefficients,
     train_router,
 )
-from polytask.merging.fusion import ensemble, forward_multiplier, fusion_report, merge, route
+from polytask.merging.fusion import ensemble, forward_multiplier, fusion_report, merge_experts, route_experts
 from polytask.merging.greedy import greedy_coverage, greedy_ensemble
 from polytask.merging.library import ExpertLibrary
 from polytask.merging.routed import LowRank
@@ -58,7 +58,7 @@ def one_linear(experts: int) -> ExpertLibrary:
 
 
 def alone(lib: ExpertLibrary, k: int) -> nn.Module:
-    return merge(lib, F.one_hot(torch.tensor(k), len(lib.names)).double())
+    return merge_experts(lib, F.one_hot(torch.tensor(k), len(lib.names)).double())
 
 
 x = draw(20, WIDTH, seed=7)
@@ -97,10 +97,10 @@ def test_one_expert_is_what_all_families_make_of_it(family: str) -> None:
     made = {
         "ensemble": lambda: ensemble(lib),
         "logits": lambda: ensemble(lib, space="logits"),
-        "merge": lambda: merge(lib),
-        "factors": lambda: merge(lib, space="factors"),
-        "route arrow": lambda: route(lib, "arrow"),
-        "route linear": lambda: route(lib, "linear"),
+        "merge": lambda: merge_experts(lib),
+        "factors": lambda: merge_experts(lib, space="factors"),
+        "route arrow": lambda: route_experts(lib, "arrow"),
+        "route linear": lambda: route_experts(lib, "linear"),
     }[family]()
     assert torch.allclose(made(x).log_softmax(-1), expected)
 
@@ -115,9 +115,9 @@ def test_copies_of_one_expert_are_it_under_any_weights(raw: list[float]) -> None
     for made in (
         ensemble(lib, w),
         ensemble(lib, w, "logits"),
-        merge(lib, w),
-        merge(lib, w, "factors"),
-        route(lib, "arrow"),
+        merge_experts(lib, w),
+        merge_experts(lib, w, "factors"),
+        route_experts(lib, "arrow"),
     ):
         assert torch.allclose(made(x).log_softmax(-1), expected)
 
@@ -126,9 +126,9 @@ def test_copies_of_one_expert_are_it_under_any_weights(raw: list[float]) -> None
 def test_all_weight_on_one_expert_selects_it(k: int) -> None:
     lib, w = library(), F.one_hot(torch.tensor(k), 3).double()
     expected = alone(lib, k)(x).log_softmax(-1)
-    for made in (ensemble(lib, w), ensemble(lib, w, "logits"), merge(lib, w, "factors")):
+    for made in (ensemble(lib, w), ensemble(lib, w, "logits"), merge_experts(lib, w, "factors")):
         assert torch.allclose(made(x).log_softmax(-1), expected)
-    routed = route(lib, "linear")
+    routed = route_experts(lib, "linear")
     for layer in (routed[0], routed[2]):
         layer.router.b.data = 1e3 * w
     assert torch.allclose(routed(x).log_softmax(-1), expected)
@@ -140,39 +140,41 @@ def test_outputs_and_weights_mix_alike_where_all_is_linear(raw: list[float]) -> 
     # one layer, so that logits are affine in each expert's weights; weights sum to 1, as the base's share must
     lib, w = one_linear(3), torch.tensor(raw, dtype=torch.float64)
     w = w + (1 - w.sum()) / 3
-    assert torch.allclose(ensemble(lib, w, "logits")(x), merge(lib, w)(x))
+    assert torch.allclose(ensemble(lib, w, "logits")(x), merge_experts(lib, w)(x))
 
 
 def test_logits_and_weights_mix_differently_where_it_is_not() -> None:
     lib = library()
-    assert not torch.allclose(ensemble(lib, space="logits")(x), merge(lib)(x), rtol=1e-2)
+    assert not torch.allclose(ensemble(lib, space="logits")(x), merge_experts(lib)(x), rtol=1e-2)
 
 
 def test_an_untrained_router_is_the_uniform_merge_and_a_constant_one_any_merge() -> None:
     lib = library()
-    routed = route(lib, "linear")
-    assert torch.allclose(routed(x), merge(lib)(x))
+    routed = route_experts(lib, "linear")
+    assert torch.allclose(routed(x), merge_experts(lib)(x))
     q = draw(3, seed=3)
     for layer in (routed[0], routed[2]):
         layer.router.b.data = q
-    assert torch.allclose(routed(x), merge(lib, q.softmax(0))(x))
+    assert torch.allclose(routed(x), merge_experts(lib, q.softmax(0))(x))
 
 
 def test_factors_have_cross_terms_unless_one_side_is_shared() -> None:
     lib = library()
     for weight, low in lib.layers.items():
         assert not torch.allclose(
-            merge(lib).state_dict()[weight], merge(lib, space="factors").state_dict()[weight], rtol=1e-2
+            merge_experts(lib).state_dict()[weight], merge_experts(lib, space="factors").state_dict()[weight], rtol=1e-2
         )
         for A, B in ((low.A[:1].expand_as(low.A), low.B), (low.A, low.B[:1].expand_as(low.B))):
             tied = ExpertLibrary(lib.base, lib.names, {**lib.layers, weight: LowRank(A, B)})
-            assert torch.allclose(merge(tied).state_dict()[weight], merge(tied, space="factors").state_dict()[weight])
+            assert torch.allclose(
+                merge_experts(tied).state_dict()[weight], merge_experts(tied, space="factors").state_dict()[weight]
+            )
 
 
 def test_weights_by_layer() -> None:
     lib = library()
     w = {"0.weight": draw(3, seed=1), "2.weight": draw(3, seed=2)}
-    model = merge(lib, w)
+    model = merge_experts(lib, w)
     for layer, weight in ((model[0], "0.weight"), (model[2], "2.weight")):
         low = lib.layers[weight]
         assert torch.allclose(
@@ -207,12 +209,12 @@ def test_coefficients_find_the_expert_that_made_the_labels(per: str, simplex: bo
     lib = library()
     inputs = draw(200, WIDTH, seed=11)
     truth = alone(lib, 2)(inputs).argmax(-1)
-    before = F.cross_entropy(merge(lib)(inputs), truth)
+    before = F.cross_entropy(merge_experts(lib)(inputs), truth)
     w = fit_coefficients(lib, [(inputs, truth)], per=per, simplex=simplex, steps=150)  # type: ignore[arg-type]
     for each in w.values() if isinstance(w, dict) else [w]:
         assert int(each.argmax()) == 2
         assert not simplex or float(each.sum()) == pytest.approx(1, rel=1e-5)
-    assert F.cross_entropy(merge(lib, w)(inputs), truth) < 0.5 * before
+    assert F.cross_entropy(merge_experts(lib, w)(inputs), truth) < 0.5 * before
 
 
 def test_coefficients_are_found_without_gradients() -> None:
@@ -227,7 +229,7 @@ def test_coefficients_are_found_without_gradients() -> None:
     w = search_coefficients(lib, loss, budget=20)
     assert int(w.argmax()) == 2
     assert float(w.abs().max()) <= 1.5
-    assert loss(merge(lib, w)) < 0.6 * loss(merge(lib))
+    assert loss(merge_experts(lib, w)) < 0.6 * loss(merge_experts(lib))
     # the penalty alone is least at the base, which is tried first
     assert search_coefficients(lib, loss, penalty=1e6, budget=5).tolist() == [0.0, 0.0, 0.0]
 
@@ -244,7 +246,7 @@ def test_training_a_router_changes_nothing_else() -> None:
     inputs = draw(200, WIDTH, seed=11)
     inputs[:100] += 3
     truth = torch.cat([alone(lib, k)(part).argmax(-1) for k, part in enumerate(inputs.split(100))])
-    routed = route(lib, "linear")
+    routed = route_experts(lib, "linear")
     before = copy.deepcopy(routed.state_dict())
     loss = F.cross_entropy(routed(inputs), truth)
     train_router(routed, [(inputs, truth)], steps=150, learning_rate=0.05)
@@ -253,7 +255,7 @@ def test_training_a_router_changes_nothing_else() -> None:
     assert changed == {f"{layer}.router.{n}" for layer in "02" for n in "Rb"}
     assert all(p.grad is None for n, p in routed.named_parameters() if "router" not in n)
     with pytest.raises(InputError, match="nothing to train"):
-        train_router(route(lib, "arrow"), [(inputs, truth)])
+        train_router(route_experts(lib, "arrow"), [(inputs, truth)])
 
 
 # --- Arrow
@@ -277,7 +279,8 @@ def test_arrow_sees_the_update_and_not_its_factors() -> None:
     for layer in (0, 2):
         inputs = draw(5, WIDTH if layer == 0 else HIDDEN)
         assert torch.allclose(
-            route(lib, "arrow", top_k=2)[layer].weights(inputs), route(scaled, "arrow", top_k=2)[layer].weights(inputs)
+            route_experts(lib, "arrow", top_k=2)[layer].weights(inputs),
+            route_experts(scaled, "arrow", top_k=2)[layer].weights(inputs),
         )
 
 
@@ -367,7 +370,7 @@ def test_a_group_s_expert_is_the_mean_of_its_members() -> None:
     small = lib.grouped(groups)
     assert small.names == ("a", "b", "c")
     for k, members in enumerate(groups.values()):
-        expected = merge(lib.subset(members))
+        expected = merge_experts(lib.subset(members))
         found = alone(small, k)
         assert torch.allclose(found(x), expected(x))
     assert medoids(lib, {"a": ["e0"], "b": ["e1", "e4"]}) == ["e0", "e1"]
@@ -389,7 +392,7 @@ def test_predictions_are_computed_once_for_all_choices() -> None:
 
 def test_the_report_counts_what_a_system_costs() -> None:
     lib = library()
-    systems = {"ensemble": ensemble(lib), "merge": merge(lib), "router": route(lib, "linear", top_k=2)}
+    systems = {"ensemble": ensemble(lib), "merge": merge_experts(lib), "router": route_experts(lib, "linear", top_k=2)}
     rows = {r.name: r for r in fusion_report(lib, systems, lambda m: float(m(x).argmax(-1).eq(labels).float().mean()))}
     assert (rows["ensemble"].forward, rows["merge"].forward, rows["merge"].parameters) == (3, 1, 0)
     own = WIDTH * HIDDEN + HIDDEN * CLASSES
@@ -397,7 +400,7 @@ def test_the_report_counts_what_a_system_costs() -> None:
     assert rows["router"].forward == pytest.approx(1 + used / own)
     assert rows["router"].parameters == lib.parameters + 3 * (WIDTH + 1) + 3 * (HIDDEN + 1)
     assert forward_multiplier(ensemble(lib, torch.tensor([0.5, 0.5, 0.0]))) == 2
-    assert rows["merge"].metric == pytest.approx(float(merge(lib)(x).argmax(-1).eq(labels).float().mean()))
+    assert rows["merge"].metric == pytest.approx(float(merge_experts(lib)(x).argmax(-1).eq(labels).float().mean()))
 
 
 def test_what_cannot_be_fused_is_said() -> None:
@@ -416,13 +419,13 @@ def test_what_cannot_be_fused_is_said() -> None:
     with pytest.raises(InputError, match="there is no expert 'e9'; there are e0, e1, e2"):
         lib.subset(["e9"])
     with pytest.raises(InputError, match=r"\[2\] weights of 0.weight are given for 3 experts"):
-        merge(lib, torch.ones(2))
+        merge_experts(lib, torch.ones(2))
     with pytest.raises(InputError, match=r"weights are given for 0\.weight, and the layers are"):
-        merge(lib, {"0.weight": torch.ones(3)})
+        merge_experts(lib, {"0.weight": torch.ones(3)})
     with pytest.raises(InputError, match="not negative and sum to 1"):
         ensemble(lib, torch.tensor([0.5, 0.9, -0.4]))
     with pytest.raises(InputError, match="there is no router 'random'"):
-        route(lib, "random")  # type: ignore[arg-type]
+        route_experts(lib, "random")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="there is no batch"):
         fit_coefficients(lib, [])
     with pytest.raises(InputError, match="start from uniform"):

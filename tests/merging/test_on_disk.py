@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from polytask.cli import app
 from polytask.errors import InputError, StorageError
-from polytask.merging import merge
+from polytask.merging import make_filter, merge
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.merging.config import depth_of, evaluate, read_config
 from polytask.merging.on_disk import MergePlan, write
@@ -194,7 +194,7 @@ import sys
 from pathlib import Path
 import torch
 from polytask.merging.on_disk import MergePlan, write
-from polytask.merging import merge
+from polytask.merging import make_filter, merge
 torch.set_num_threads(1)
 small = {"w": torch.randn(300, 300)}
 merge(small, [small] * 4, sys.argv[2])  # what the libraries load on first use
@@ -346,6 +346,27 @@ def test_filters_and_models_without_base(stored: Stored, tmp_path: Path) -> None
     assert same(read(tmp_path / "a"), merge(base, experts, filters=["trim"]))
     assert polytask("merge", *paths, "--no-base", "--method", "average", "--out", tmp_path / "b").exit_code == 0
     assert same(read(tmp_path / "b"), merge(None, experts, "average"))
+
+
+def test_options_follow_a_filter(stored: Stored, tmp_path: Path) -> None:
+    base_path, paths, base, experts = stored
+    done = polytask("merge", base_path, *paths, "--filter", "trim:density=0.1,scope=tensor", "--out", tmp_path / "a")
+    assert done.exit_code == 0, done.stderr
+    expected = merge(base, experts, filters=[make_filter("trim", density=0.1)])
+    assert same(read(tmp_path / "a"), expected)
+    assert not same(expected, merge(base, experts, filters=["trim"]))
+    for wrong, said in (("trim:densty=1", "trim has no option 'densty'"), ("trim:0.1", "trim:OPTION=VALUE")):
+        refused = polytask("merge", base_path, *paths, "--filter", wrong, "--out", tmp_path / "b")
+        assert refused.exit_code == 2
+        assert said in refused.stderr
+
+
+def test_a_merge_of_nothing_is_refused(stored: Stored, tmp_path: Path) -> None:
+    base_path, paths, _, _ = stored
+    refused = polytask("merge", base_path, *paths, "--skip", "*", "--out", tmp_path / "a")
+    assert refused.exit_code == 2
+    assert f"{base_path} has no tensor to merge" in refused.stderr.replace("\n", " ")
+    assert not (tmp_path / "a").exists()
 
 
 def test_the_plan_reads_no_weight(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

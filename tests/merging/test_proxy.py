@@ -31,6 +31,10 @@ def other():
     return torch.nn.Linear(2, 2)
 
 number = 3
+
+
+def raises():
+    raise ValueError("no such width")
 """
 
 
@@ -146,6 +150,7 @@ def test_the_command(place: Path) -> None:
         ("data", "net.py:number", "gives no model: 'int' object is not callable"),
         ("data", "net.py:absent", "gives no model: module 'net' has no attribute 'absent'"),
         ("data", "missing.py:net", "gives no model: there is no file"),
+        ("data", "net.py:raises", "gives no model: no such width"),
         ("data", "net.py", "named by MODULE:FACTORY"),
         ("data", "net.py:other", r"has a tensor weight of shape \[2, 2\], which .*cars has not"),
     ],

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from polytask.errors import InputError
-from polytask.merging import gather_gramians, gramian, input_mean, rows, second_moment
+from polytask.merging import gather_fisher, gather_gramians, gramian, input_mean, rows, second_moment
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -118,3 +118,20 @@ def test_padding_does_not_count(length: int) -> None:
     assert close(found["attention.in_proj_weight"], augmented(x))
     # one weight, two layers; and a weight that is an embedding has none
     assert close(found["each.weight"], augmented(model.embedding(ids).detach()[mask.bool()]) + augmented(x))
+
+
+def test_what_no_statistic_can_be_gathered_of_is_said() -> None:
+    class Conv1D(nn.Module):
+        """A linear layer with its weight transposed, as GPT-2 has them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    with pytest.raises(InputError, match="Conv1D, whose weights are transposed"):
+        gather_gramians(nn.Sequential(Conv1D()), [numbers(3, 4)])
+    with pytest.raises(InputError, match=r"a classifier with logits \(examples, classes\), not \[3, 5, 2\]"):
+        gather_fisher(nn.Linear(4, 2), [numbers(3, 5, 4)])

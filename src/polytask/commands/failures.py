@@ -74,7 +74,9 @@ def in_one_sentence(error: BaseException) -> PolytaskError:
     for link in _chain(error):
         if getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(link):
             where = f" while writing {link.filename}" if isinstance(link, OSError) and link.filename else ""
-            return StorageError(f"the disk is full{where}: free some space, then go on with --resume")
+            return StorageError(
+                f"the disk is full{where}: free some space, then start again, fit and bench with --resume"
+            )
     if isinstance(error, OSError) and error.filename:
         return StorageError(
             f"{error.filename} cannot be read or written: {(error.strerror or 'unknown reason').lower()}"

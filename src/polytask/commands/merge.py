@@ -46,7 +46,10 @@ def merge(
     filters: Annotated[
         list[str] | None,
         typer.Option(
-            "--filter", metavar="NAME", help="A filter of task vectors before the method.", show_default=False
+            "--filter",
+            metavar="NAME[:OPTION=VALUE]",
+            help="A filter of task vectors before the method; options follow it: trim:density=0.1.",
+            show_default=False,
         ),
     ] = None,
     no_base: Annotated[

@@ -92,7 +92,7 @@ class AnchoredMerger(TaskVectorMerger):
         elif ready == 0 and D.ndim == 2 and place.name.endswith("bias"):
             self.kept[f"{place.name}/experts"] = D.clone()
             self.kept[f"{place.name}/anchor"] = self.anchored(W0, D, place)
-        elif ready == 1 and self.fits(D, place) and f"{bias_of(place.name)}/experts" in self.kept:
+        elif ready == 1 and self.fits(D, place) and self._has_bias(D, place):
             bias = bias_of(place.name)
             both = torch.cat([D, self.kept[f"{bias}/experts"][..., None]], 2)
             anchor = torch.cat([self.anchored(W0, D, place), self.kept[f"{bias}/anchor"][:, None]], 1)
@@ -101,6 +101,11 @@ class AnchoredMerger(TaskVectorMerger):
                 fitted[:, :-1].clone(),
                 fitted[:, -1].clone(),
             )
+
+    def _has_bias(self, D: Float[Tensor, "experts m d"], place: Place) -> bool:
+        """Whether a bias belongs to the rows; layers that hold their weight transposed have one of another length."""
+        experts = self.kept.get(f"{bias_of(place.name)}/experts")
+        return experts is not None and experts.shape == D.shape[:2]
 
     def add_to_base(self, W0: Tensor, D: Float[Tensor, "experts ..."], place: Place) -> Tensor:
         if f"{place.name}/fitted" in self.kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,9 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
     import pickle
 
     try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        with warnings.catch_warnings():  # of a pickle's protocol, where the sentence below says what matters
+            warnings.simplefilter("ignore")
+            loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
     except pickle.UnpicklingError:
         raise InputError(
             f"{file} is a pickle of more than tensors, which may run code when it is loaded: save its state dict as safetensors"

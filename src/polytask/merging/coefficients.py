@@ -73,7 +73,7 @@ def fit_coefficients(
         loss: of (logits, labels).
 
     Returns:
-        The weights, as :func:`~polytask.merging.fusion.merge` takes them.
+        The weights, as :func:`~polytask.merging.fusion.merge_experts` takes them.
 
     Raises:
         InputError: no batch, or both a start and the simplex.
@@ -140,7 +140,7 @@ def train_router(
     """Train the routers of a model, base and experts frozen.
 
     Args:
-        model: with routed layers, as :func:`~polytask.merging.fusion.route` makes it; it is changed in its place.
+        model: with routed layers, as :func:`~polytask.merging.fusion.route_experts` makes it; it is changed in its place.
         batches: see :func:`fit_coefficients`.
         steps: batches seen by Adam.
         learning_rate: of Adam.

@@ -58,7 +58,7 @@ class ESMPP:
         experts: Mapping[str, Mapping[str, Tensor]],
         statistics: Sequence[Mapping[str, Tensor]],
     ) -> nn.Module:
-        """Add experts to a merged model; see :func:`route`."""
+        """Add experts to a merged model; see :func:`route_by_prototypes`."""
         if len(statistics) != len(experts):
             raise InputError(
                 f"esm_pp needs a statistic of each of the {len(experts)} experts, and {len(statistics)} were given"
@@ -83,7 +83,7 @@ class ESMPP:
         )
 
 
-def route(
+def route_by_prototypes(
     model: nn.Module,
     experts: Mapping[str, Mapping[str, Tensor]],
     statistics: Sequence[Mapping[str, Tensor]],

@@ -70,12 +70,14 @@ def ensemble(
     return Ensemble(library, weights, space)
 
 
-def merge(library: ExpertLibrary, weights: Coefficients = None, space: Space = "delta") -> nn.Module:
+def merge_experts(library: ExpertLibrary, weights: Coefficients = None, space: Space = "delta") -> nn.Module:
     """Mix the experts' weights; see :meth:`~polytask.merging.library.ExpertLibrary.merged`."""
     return library.merged(weights, space)
 
 
-def route(library: ExpertLibrary, router: RouterName = "arrow", mix: Mix = "outputs", **options: Any) -> nn.Module:
+def route_experts(
+    library: ExpertLibrary, router: RouterName = "arrow", mix: Mix = "outputs", **options: Any
+) -> nn.Module:
     """Weigh the experts for each input.
 
     Args:

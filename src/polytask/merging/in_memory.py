@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from polytask.errors import InputError
@@ -34,9 +35,19 @@ def make(name: str, **options: Any) -> Merger:
 def make_filter(name: str, **options: Any) -> Filter:
     """Build a filter of task vectors by its registered name or an alias.
 
+    Args:
+        name: see ``polytask methods --family filter``; options may follow in the same text, as in ``"trim:density=0.1,scope=model"``.
+        options: the filter's own.
+
     Raises:
         InputError: unknown name or option.
     """
+    name, sign, text = name.partition(":")
+    for setting in text.split(",") if sign else ():
+        option, equals, value = setting.partition("=")
+        if not (option and equals and value):
+            raise InputError(f"options of a filter are written {name}:OPTION=VALUE,OPTION=VALUE, not {name}:{text}")
+        options[option] = yaml.safe_load(value)
     found: Filter = _built(find(name, family="filter"), options)
     return found
 

@@ -72,6 +72,8 @@ def match(
     if unmatched:
         raise InputError(f"no tensor's name fits the skip pattern {unmatched[0]!r}")
     merged = tuple(n for n, s in specs.items() if s.dtype.is_floating_point and not skipped(n, skip))
+    if not merged:
+        raise InputError(f"{reference} has no tensor to merge: all are skipped, or none holds floating-point numbers")
     kept = tuple(n for n in specs if n not in set(merged))
     complex_ones = [n for n in kept if specs[n].dtype.is_complex and not skipped(n, skip)]
     if complex_ones:

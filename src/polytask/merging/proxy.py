@@ -127,7 +127,7 @@ def _manufactured(name: str, checkpoint: Checkpoint) -> nn.Module:
         raise InputError(f"a model is named by MODULE:FACTORY or FILE.py:FACTORY, not by {name!r}")
     try:
         made = getattr(_module(where), factory)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # somebody else's code may raise anything
         raise InputError(f"{name} gives no model: {str(error).partition(chr(10))[0]}") from None
     if not isinstance(made, nn.Module):
         raise InputError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")

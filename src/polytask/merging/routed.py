@@ -158,10 +158,13 @@ def recording(model: nn.Module) -> Iterator[Record]:
     """Watch which experts are chosen.
 
     Example:
-        >>> with recording(model) as record:  # doctest: +SKIP
-        ...     model(digits)
-        >>> record.accuracy("digits")  # doctest: +SKIP
-        0.97
+        >>> from polytask.merging.routers import Prototypes
+        >>> A, B = torch.zeros(2, 1, 2), torch.zeros(2, 3, 1)
+        >>> layer = RoutedLinear(nn.Linear(2, 3), A, B, Prototypes(torch.eye(2)))
+        >>> with recording(layer) as record:
+        ...     _ = layer(torch.tensor([[1.0, 0.1], [0.9, 0.0], [0.2, 1.0], [2.0, 1.0]]))
+        >>> record.accuracy("0")
+        0.75
     """
     record = Record(expert_names(model))
     with _set(model, "watcher", {n: _into(record.weights.setdefault(n, [])) for n in routed_layers(model)}):

@@ -73,7 +73,9 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any], only: Collection[s
         for handle in handles:
             handle.remove()
     if not gathering.gramians:
-        raise InputError("no Gramian was gathered: there was no batch, or the model has no linear layer")
+        turned = any(type(m).__name__ == "Conv1D" for m in model.modules())
+        why = "its layers are Conv1D, whose weights are transposed" if turned else "it has no linear layer"
+        raise InputError(f"no Gramian was gathered: there was no batch for the model, or {why}")
     return gathering.gramians
 
 
@@ -198,7 +200,13 @@ def gather_fisher(model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]
     examples = 0
     with _evaluating(model):
         for batch in batches:
-            log_p = forward(model, batch).log_softmax(-1)
+            logits = forward(model, batch)
+            if not isinstance(logits, Tensor) or logits.ndim != 2:
+                shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                raise InputError(
+                    f"Fisher information is that of a classifier with logits (examples, classes), not {shape}"
+                )
+            log_p = logits.log_softmax(-1)
             examples += len(log_p)
             for row in log_p:
                 for y, value in enumerate(row):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from polytask.merging import forcing, gather_gramians, gramian, merge, recording, route
+from polytask.merging import forcing, gather_gramians, gramian, merge, recording, route_by_prototypes
 from polytask.merging.esd import esd
 from polytask.recipes import Arm, Check, Measure, Recipe, Results, Trial, recipe
 
@@ -168,7 +168,9 @@ def _merged(options: ESMRecipe, seed: int, method: str, scale: float | None) -> 
 @lru_cache(maxsize=32)
 def _routed(options: ESMRecipe, seed: int, rank: int, scale: float) -> nn.Module:
     experts = {str(t): e.state_dict() for t, e in enumerate(_family(options, seed).experts)}
-    return route(deepcopy(_merged(options, seed, "esm", scale)), experts, _statistics(options, seed), rank=rank)
+    return route_by_prototypes(
+        deepcopy(_merged(options, seed, "esm", scale)), experts, _statistics(options, seed), rank=rank
+    )
 
 
 @torch.no_grad()

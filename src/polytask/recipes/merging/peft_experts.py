@@ -16,7 +16,7 @@ from polytask.merging.coefficients import (
     fit_ensemble,
     train_router,
 )
-from polytask.merging.fusion import Ensemble, ensemble, fusion_report, merge, route
+from polytask.merging.fusion import Ensemble, ensemble, fusion_report, merge_experts, route_experts
 from polytask.merging.greedy import greedy_coverage
 from polytask.merging.library import ExpertLibrary
 from polytask.merging.routed import recording, routed_layers
@@ -115,27 +115,29 @@ class PEFTExpertsRecipe(Recipe):
         if arm == "own":
             return [lib.subset([name]).merged() for name in w.own]
         if arm == "merge_task":
-            return [merge(lib, fit_coefficients(lib, [task["fit"]], seed=seed)) for task in w.tasks]
+            return [merge_experts(lib, fit_coefficients(lib, [task["fit"]], seed=seed)) for task in w.tasks]
         return [self._one(arm, lib, fit, w, seed)] * self.tasks
 
     def _one(self, arm: str, lib: ExpertLibrary, fit: list[tuple[Tensor, Tensor]], w: World, seed: int) -> nn.Module:
         if arm == "base":
             return lib.base
         if arm in ("merge_uniform", "merge_factors"):
-            return merge(lib, space="delta" if arm == "merge_uniform" else "factors")
+            return merge_experts(lib, space="delta" if arm == "merge_uniform" else "factors")
         if arm in ("merge_model", "merge_layer"):
-            return merge(lib, fit_coefficients(lib, fit, per="model" if arm == "merge_model" else "layer", seed=seed))
+            return merge_experts(
+                lib, fit_coefficients(lib, fit, per="model" if arm == "merge_model" else "layer", seed=seed)
+            )
         if arm in ("ensemble_uniform", "ensemble_fitted"):
             weights = fit_ensemble(*expert_probabilities(lib, fit)) if arm == "ensemble_fitted" else None
             return ensemble(lib, weights)
         if arm in ("arrow", "arrow_subspaces"):
-            return route(lib, "arrow", top_k=FEW if arm == "arrow" else 1)
+            return route_experts(lib, "arrow", top_k=FEW if arm == "arrow" else 1)
         if arm == "router_greedy":
             losses = expert_losses(lib, {name: [task["fit"]] for name, task in zip(w.own, w.tasks, strict=True)})
             lib = lib.subset([lib.names[k] for k in greedy_coverage(losses, FEW)])
         elif arm == "router_clusters":
             lib = lib.grouped(mbc_clusters(lib, FEW))
-        return train_router(route(lib, "linear"), fit, steps=self.router_steps)
+        return train_router(route_experts(lib, "linear"), fit, steps=self.router_steps)
 
     def judge(self, results: Results) -> Sequence[Check]:
         mean = {a.name: results.mean(a.name, "accuracy") for a in self.arms}
