@@ -156,7 +156,9 @@ class MultiTaskModule(pl.LightningModule):
         }
 
     def _backward(self, losses: dict[str, Tensor], counts: dict[str, Tensor] | None) -> Observation:
-        exact = self.level == "exact" or (self.level == "auto" and not self.model.features)
+        exact = self.level == "exact" or (
+            self.level == "auto" and (not self.model.features or self.balancer.remembers_gradients)
+        )
         at_parameters = exact and not isinstance(self.balancer, LossWeighting)
         if not at_parameters:
             self.trainer.strategy.pre_backward(torch.stack(list(losses.values())).sum())

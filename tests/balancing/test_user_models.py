@@ -218,8 +218,8 @@ def test_a_compiled_multi_task_model(head) -> None:
         for run in (m, torch.compile(m, backend="aot_eager")):
             m.zero_grad()
             losses = {n: (y - k).square().mean() for k, (n, y) in enumerate(run(x).items())}
-            seen = polytask.backward(losses, balancer="upgrad", features=m.features, level=level)
-            assert seen.level == level
+            given = {"features": m.features, "level": level, "shared": m.shared_parameters()}
+            assert polytask.backward(losses, balancer="upgrad", **given).level == level
             found.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
         torch.testing.assert_close(found[1], found[0])
 
@@ -275,3 +275,13 @@ def test_float16_overflow_over_micro_batches_is_left_to_the_scaler() -> None:
     assert scaler.get_scale() < scale
     assert torch.equal(m.trunk.body[0].weight, weight)
     assert str(balancer.state_dict()) == before
+
+
+@pytest.mark.parametrize("method", ["moco", "m_config", "excess_mtl", "db_mtl_ema", "son_goku"])
+def test_gradients_that_are_remembered_are_taken_at_the_parameters(method) -> None:
+    torch.manual_seed(0)
+    m = HardSharing(nn.Linear(5, 6), {n: nn.Linear(6, 1) for n in NAMES})
+    balancer = make(method)
+    for rows in (16, 7):  # the last batch of an epoch is smaller
+        losses = {n: (y - k).square().mean() for k, (n, y) in enumerate(m(torch.randn(rows, 5)).items())}
+        assert polytask.backward(losses, balancer=balancer, features=m.features).level == "exact"

@@ -81,6 +81,8 @@ class Balancer(ABC):
         branches: balancers like this one for further groups of shared parameters; see :meth:`branch`.
         roles: of the independent batches it looks at in a step: ``train`` ones, of which the last is followed, and ``validation`` ones,
             whose gradients never reach the parameters. Where these are more than one, see :func:`polytask.backward_batches`.
+        remembers_gradients: whether gradients of several steps are compared, which ``level="auto"`` then takes at the parameters: those
+            at a representation belong to other examples in every step.
         agreed_in: the group of processes whose balancers have the same state and random numbers.
     """
 
@@ -88,6 +90,7 @@ class Balancer(ABC):
     method: ClassVar[Method]
     needs_second_evaluation: bool = False
     takes_logarithms: ClassVar[bool] = False
+    remembers_gradients: ClassVar[bool] = False
     roles: tuple[Role, ...] = ("train",)
 
     def __init__(

@@ -39,6 +39,8 @@ class DBMTLEMA(GradientAggregator):
     Cost: K x P numbers kept, and a few passes over them a step.
     """
 
+    remembers_gradients = True
+
     def __init__(
         self,
         *,

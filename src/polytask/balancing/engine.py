@@ -61,12 +61,14 @@ def backward(
     Args:
         losses: {task: scalar}, a sequence of scalars, or a tensor of shape (tasks,), all with graph. Absent tasks are left out.
         shared: the parameters to be balanced. ``{name: parameters}`` makes groups of them, each balanced apart among the tasks that touch
-            it. When omitted: all that at least two losses reach, those with the same readers in one group.
+            it. When omitted: all that at least two losses reach, those with the same readers in one group; to be given where
+            ``torch.compile`` made one function of several heads, all of which every loss then seems to reach.
         balancer: a balancer, kept by the caller from step to step; or the name of one without state.
         features: the shared representation(s) z on which all shared influence passes: ``model.features`` of a
             :class:`~polytask.MultiTaskModel`, or the tensors themselves.
         level: ``exact`` takes gradients at the parameters (K backward passes); ``representation`` takes them at ``features``
-            (one pass through the trunk; an upper-bound surrogate); ``auto`` prefers the second where features are given.
+            (one pass through the trunk; an upper-bound surrogate); ``auto`` prefers the second where features are given and the method
+            does not compare gradients of several steps.
         scaler: the gradient scaler of mixed precision; the gradients then stand scaled, as ``scaler.unscale_`` and ``scaler.step`` expect.
             Where one that the method looks at overflows, ``.grad`` tells the scaler so, and the balancer sees nothing of the step.
             Methods that read loss values only look at no gradient: they learn from the finite losses of a step that the scaler skips too.
@@ -112,7 +114,7 @@ def backward(
         # asking a scaler to scale is what makes a fresh one ready for unscale_ and step
         step.scale, step.scaled = float(scaler.scale(torch.ones(()))), True
     ports = _features(features)
-    at_parameters = level == "exact" or (level == "auto" and not ports)
+    at_parameters = level == "exact" or (level == "auto" and (not ports or balancer.remembers_gradients))
     if isinstance(balancer, LossWeighting) or not at_parameters:
         _check_shared(balancer, step, shared)
     if isinstance(balancer, LossWeighting):

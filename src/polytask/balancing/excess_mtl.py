@@ -37,6 +37,8 @@ class ExcessMTL(GradientAggregator):
     Cost: K x P numbers kept, and a few passes over them a step.
     """
 
+    remembers_gradients = True
+
     def __init__(self, *, eta: float = 0.01, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
         self.eta = eta

@@ -44,6 +44,7 @@ class MConFIG(GradientAggregator):
     """
 
     degree = -0.5
+    remembers_gradients = True
 
     def __init__(self, *, beta1: float = 0.9, beta2: float = 0.999, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)

@@ -46,6 +46,7 @@ class MoCo(GradientAggregator):
     """
 
     degree = -0.5
+    remembers_gradients = True
 
     def __init__(self, *, beta: float = 0.5, gamma: float = 0.1, rho: float = 0.0, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)

@@ -45,6 +45,8 @@ class SonGoku(GradientAggregator):
     Cost: K x P numbers kept; a pass over them a step.
     """
 
+    remembers_gradients = True
+
     def __init__(self, *, tau: float = 0.25, refresh: int = 32, beta: float = 0.9, **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
         if not (0 <= tau < 1 and refresh >= 1 and 0 <= beta < 1):

@@ -145,6 +145,8 @@ class Stepper:
             return self.config.level == "exact"
         if isinstance(self.balancer, LossWeighting):
             return False
+        if self.balancer.remembers_gradients:
+            return True
         if self._has_features is None:  # a look in evaluation mode, which draws no random number
             self.module.eval()
             self.module(piece[0])
@@ -284,7 +286,10 @@ class Stepper:
                 p.grad = self.accelerator.reduce(mine, "sum")
 
     def _shared(self, losses: dict[str, Tensor]) -> list[Tensor] | None:
-        if isinstance(self.balancer, LossWeighting) or (self.module.features and self.config.level != "exact"):
+        at_features = self.config.level == "representation" or (
+            self.config.level == "auto" and self.module.features and not self.balancer.remembers_gradients
+        )
+        if isinstance(self.balancer, LossWeighting) or at_features:
             return None  # no gradient is taken at them: a trunk may have parameters that nothing uses
         shared: list[Tensor] = list(self.module.shared_parameters())
         if len(losses) == len(self.tasks):
