@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import polytask
+from polytask import registry
 
 from .conftest import blocks
 
@@ -26,13 +27,17 @@ def test_every_python_block_of_the_readme_runs(position: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "document", ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md", "docs/merge-compare.md"]
+    "document",
+    ["docs/migrate-from-libmtl.md", "docs/migrate-from-torchjd.md", "docs/merge-compare.md", "docs/merging.md"],
 )
 def test_the_python_blocks_of_a_guide_run_one_after_another(
     document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "__main__"}
+    # methods that a guide adds as an example stay within it
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    monkeypatch.setattr(registry, "_spellings", dict(registry._spellings))
     found = blocks(document, "python")
     assert found
     for position, code in found.items():

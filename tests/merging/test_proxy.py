@@ -142,6 +142,7 @@ def test_the_command(place: Path) -> None:
         ("wrong.npz", "net.py:net", "cannot run the inputs of .*wrong.npz"),
         ("named.npz", "net.py:net", "cannot run the inputs of .*unexpected keyword argument 'pixels'"),
         ("ragged.npz", "net.py:net", "different lengths: a 9, b 8"),
+        ("objects.npz", "net.py:net", "objects.npz holds pickled objects"),
         ("broken.npz", "net.py:net", "cut short or not a file of arrays"),
         ("notes.txt", "net.py:net", "holds no proxy inputs: they come as"),
         ("table.csv", "net.py:net", "has no column 'text'; it has a, b"),
@@ -160,6 +161,7 @@ def test_bad_input_is_one_sentence(place: Path, data: str, model: str, said: str
     np.savez(place / "wrong.npz", inputs=np.zeros((9, 5), np.float32))
     np.savez(place / "named.npz", pixels=np.zeros((9, 6), np.float32))
     np.savez(place / "ragged.npz", a=np.zeros((9, 6)), b=np.zeros((8, 6)))
+    np.savez(place / "objects.npz", inputs=np.array([{}] * 9, dtype=object))
     (place / "broken.npz").write_bytes(b"PK\3\4 broken")
     (place / "notes.txt").write_text("nothing")
     (place / "table.csv").write_text("a,b\n1,2\n3,4\n")

@@ -238,7 +238,9 @@ def _arrays(file: Path) -> dict[str, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as stored:
             return {n: torch.from_numpy(stored[n]) for n in stored.files}
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(file):
+            raise InputError(f"{file} holds pickled objects, which may run code when loaded: save numbers") from None
         raise StorageError(f"{file} is cut short or not a file of arrays") from None
 
 
