@@ -35,7 +35,8 @@ def test_the_python_blocks_of_a_guide_run_one_after_another(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {"__name__": "__main__"}
-    # methods that a guide adds as an example stay within it
+    # methods that a guide adds as an example stay within it; all others must be there before
+    assert list(registry.methods())
     monkeypatch.setattr(registry, "_methods", dict(registry._methods))
     monkeypatch.setattr(registry, "_spellings", dict(registry._spellings))
     found = blocks(document, "python")
