@@ -18,7 +18,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed"),
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(1200),
 ]
 
 

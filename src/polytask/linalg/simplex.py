@@ -82,6 +82,8 @@ def simplex_qp(C: Matrix, b: Vector, precision: float = DOUBLE) -> Vector:
             if len(support)
             else 0.0
         )
+        if slope > 0 and abs(1 - total) <= slope * abs(tau) * DOUBLE:
+            break  # tau has no finer digits: the sum is as near to 1 as it gets
         tau = tau + (1 - total) / slope if slope > 0 else np.inf
         if not low < tau < high:
             tau = (low + high) / 2 if np.isfinite(high) else 2 * abs(low) + 1.0
