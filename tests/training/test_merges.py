@@ -305,7 +305,8 @@ def test_the_command_writes_and_prints(written: Path) -> None:
     assert "default-src 'none'" in html.unescape(page)
     assert all(f'id="{part}"' in page for part in ("results", "methods", "tasks", "interference", "cost", "budget"))
     results = json.loads((written.parent / "out/results.json").read_text())
-    again = polytask(written, "--out", written.parent / "out", "--methods", "average,ties,regmean", "--json")
+    named = ("--methods", "average, ties", "--method", "regmean")
+    again = polytask(written, "--out", written.parent / "out", *named, "--json")
     assert json.loads(again.stdout) == results
 
 

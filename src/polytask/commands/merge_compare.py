@@ -34,13 +34,21 @@ def compare(
         ),
     ],
     methods: Annotated[
-        str | None,
-        typer.Option(metavar="A,B,...", help="In place of the file's, or of all there are.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            "--methods",
+            "--method",
+            metavar="NAME",
+            help="In place of the file's, or of all there are; several times or between commas.",
+            show_default=False,
+        ),
     ] = None,
     seeds: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            metavar="0,1,...", help="What {seed} in the file's paths stands for, and random draws.", show_default=False
+            metavar="N",
+            help="What {seed} in the file's paths stands for, and random draws; several times or between commas.",
+            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,
@@ -53,8 +61,7 @@ def compare(
     from polytask.training.merges import compare as judge
     from polytask.training.merges import read_comparison
 
-    named = [m.strip() for m in methods.split(",") if m.strip()] if methods else None
-    said = read_comparison(config, methods=named, seeds=_numbers(seeds))
+    said = read_comparison(config, methods=_parts(methods), seeds=_numbers(seeds))
     with _watched(quiet=as_json) as tell:
         try:
             results = judge(
@@ -79,15 +86,19 @@ def compare(
     out().print(f"Report: {page}", markup=False, soft_wrap=True)
 
 
-def _numbers(text: str | None) -> list[int] | None:
+def _parts(given: list[str] | None) -> list[str] | None:
+    """What was given several times, or between commas."""
+    return [part.strip() for each in given or () for part in each.split(",") if part.strip()] or None
+
+
+def _numbers(given: list[str] | None) -> list[int] | None:
     from polytask.errors import InputError
 
-    if text is None:
-        return None
+    parts = _parts(given)
     try:
-        return [int(part) for part in text.split(",")]
+        return None if parts is None else [int(part) for part in parts]
     except ValueError:
-        raise InputError(f"--seeds takes whole numbers with commas, such as 0,1,2, not {text!r}") from None
+        raise InputError(f"--seeds takes whole numbers, such as 0,1,2, not {', '.join(parts or ())!r}") from None
 
 
 @contextmanager
