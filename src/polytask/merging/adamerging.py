@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polytask.errors import InputError
-from polytask.merging.adaptive import Adaptive, Bench, entropy
+from polytask.merging.adaptive import Adaptive, Bench, settle
 from polytask.merging.base import in_range
 from polytask.registry import register
 
@@ -57,13 +57,5 @@ class AdaMerging(Adaptive):
                 for i, n in enumerate(names)
             }
 
-        optimizer = torch.optim.Adam([lam], lr=self.learning_rate)
-        for _ in range(self.steps):
-            W = merged()
-            total = torch.stack([entropy(bench.logits(W, t, bench.next_batch(t))) for t in bench.batches]).sum()
-            optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            with torch.no_grad():
-                lam.clamp_(0, 1)
+        settle(bench, merged, [lam], self.steps, self.learning_rate, unit=True)
         return merged()

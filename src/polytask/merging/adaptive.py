@@ -25,8 +25,6 @@ from polytask.registry import find
 if TYPE_CHECKING:
     from polytask.registry import Method
 
-Objective = Callable[[Tensor, Any], Tensor]
-
 
 @dataclass
 class Bench:
@@ -83,6 +81,41 @@ def entropy(logits: Float[Tensor, "... classes"]) -> Float[Tensor, ""]:
     """The mean entropy of the predicted distributions."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
+
+
+def settle(
+    bench: Bench,
+    merged: Callable[[], Mapping[str, Tensor]],
+    learned: Sequence[Tensor],
+    steps: int,
+    learning_rate: float,
+    unit: bool = False,
+) -> None:
+    """Move what was chosen so that the merged model becomes sure of its answers: Adam on the sum of the tasks' entropies.
+
+    Args:
+        bench: what the model is run on, one batch of every task a step.
+        merged: the tensors that follow from what is learned, with graph.
+        learned: the leaves that are moved.
+        steps: of Adam.
+        learning_rate: of Adam.
+        unit: keep what is learned between 0 and 1.
+
+    Cost: a forward and a backward pass a step and task.
+    """
+    if not learned:
+        return
+    optimizer = torch.optim.Adam(learned, lr=learning_rate)
+    for _ in range(steps):
+        W = merged()
+        total = torch.stack([entropy(bench.logits(W, t, bench.next_batch(t))) for t in bench.batches]).sum()
+        optimizer.zero_grad()
+        total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if unit:
+            with torch.no_grad():
+                for each in learned:
+                    each.clamp_(0, 1)
 
 
 def adapt(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from polytask.merging.adaptive import Adaptive, Bench, entropy
+from polytask.merging.adaptive import Adaptive, Bench, settle
 from polytask.merging.base import in_range
 from polytask.merging.spectral import leading_triplets
 from polytask.registry import register
@@ -69,12 +69,5 @@ class AdaRank(Adaptive):
             return W
 
         learned = [a for each in gates.values() for a in each if len(a)]
-        optimizer = torch.optim.Adam(learned, lr=self.learning_rate) if learned else None
-        for _ in range(self.steps if optimizer is not None else 0):
-            assert optimizer is not None
-            W = merged()
-            total = torch.stack([entropy(bench.logits(W, t, bench.next_batch(t))) for t in bench.batches]).sum()
-            optimizer.zero_grad()
-            total.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        settle(bench, merged, learned, self.steps, self.learning_rate)
         return merged()

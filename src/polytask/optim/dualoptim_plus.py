@@ -15,7 +15,7 @@ from polytask.autograd import Losses
 from polytask.errors import InputError
 from polytask.optim.blockwise import dequantise, quantise
 from polytask.optim.combination import TaskBalancer
-from polytask.optim.task_optimizer import TaskOptimizer, working
+from polytask.optim.task_optimizer import TaskOptimizer, evaluated, working
 from polytask.registry import register
 
 States = Literal["both", "base", "delta"]
@@ -177,10 +177,7 @@ class DualOptimPlus(TaskOptimizer):
         o = (self._turn or (self.tasks[0] if len(self.tasks) == 1 else None)) if objective is None else objective
         if o not in self.factors:
             raise InputError(f"a step serves one of the objectives {', '.join(self.factors)}, not {objective!r}")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             ready = [p for p in group["params"] if p.grad is not None]
             for p in ready:

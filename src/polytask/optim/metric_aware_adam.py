@@ -17,7 +17,7 @@ from polytask.autograd import Losses, Shared, jacobian, leaves, partition
 from polytask.errors import InputError
 from polytask.optim.combination import TaskBalancer, Weights, balanced
 from polytask.optim.pair_moments import Cross, PairMoments
-from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, require_finite
+from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, evaluated, require_finite
 from polytask.registry import register
 
 
@@ -248,10 +248,7 @@ class MetricAwareAdam(TaskOptimizer):
         Raises:
             InputError: no task gradients were collected since the last step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         if not self._weights:
             raise InputError(
                 "madam found no task gradients: call optimizer.backward(losses, ...) in place of loss.backward()"

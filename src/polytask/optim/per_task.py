@@ -14,7 +14,7 @@ from torch import Tensor
 from polytask.autograd import Losses, leaves
 from polytask.errors import InputError
 from polytask.optim.combination import TaskBalancer, Weights
-from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, require_finite, working
+from polytask.optim.task_optimizer import Given, TaskOptimizer, add_to_gradients, evaluated, require_finite, working
 
 
 class PerTaskOptimizer(TaskOptimizer):
@@ -143,10 +143,7 @@ class PerTaskOptimizer(TaskOptimizer):
         Raises:
             InputError: no task gradients were collected since the last step.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         if not self._gradients:
             raise InputError(
                 f"{self.method.name} found no task gradients: call optimizer.backward(losses) in place of loss.backward()"

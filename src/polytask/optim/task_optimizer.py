@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
@@ -172,3 +172,11 @@ def add_to_gradients(
 def working(dtype: torch.dtype) -> torch.dtype:
     """The type that moments are computed in: half precision is too coarse for running means."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """What an optimizer's closure returns, with gradients switched on; None where none was given."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
