@@ -1,4 +1,4 @@
-"""DB-MTL with remembered gradients: dual-balancing multi-task learning (Lin et al., 2023, arXiv:2308.12029)."""
+"""DB-MTL with memory: dual-balancing multi-task learning (Lin et al., 2023, arXiv:2308.12029)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Improvable gap balancing, first version (Dai, Fei and Lu, UAI 2023, arXiv:2307.15429)."""
+"""IGB: improvable gap balancing, first version (Dai, Fei and Lu, UAI 2023, arXiv:2307.15429)."""
 
 from __future__ import annotations
 

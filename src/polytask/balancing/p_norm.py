@@ -1,4 +1,4 @@
-"""The weighted p-norm of the losses (global criterion method; Zeleny 1973)."""
+"""Weighted p-norm of the losses (global criterion method; Zeleny 1973)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Penalty-based boundary intersection (Zhang and Li, IEEE TEC 2007)."""
+"""PBI: penalty-based boundary intersection (Zhang and Li, IEEE TEC 2007)."""
 
 from __future__ import annotations
 

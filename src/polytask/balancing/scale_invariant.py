@@ -1,4 +1,4 @@
-"""The sum of logarithms of the losses (Navon et al., ICML 2022, arXiv:2202.01017, as baseline SI)."""
+"""Scale-invariant: the sum of logarithms of the losses (Navon et al., ICML 2022, arXiv:2202.01017, as baseline SI)."""
 
 from __future__ import annotations
 

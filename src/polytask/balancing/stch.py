@@ -1,4 +1,4 @@
-"""Smooth Tchebycheff scalarization (Lin et al., ICML 2024, arXiv:2402.19078)."""
+"""STCH: smooth Tchebycheff scalarization (Lin et al., ICML 2024, arXiv:2402.19078)."""
 
 from __future__ import annotations
 

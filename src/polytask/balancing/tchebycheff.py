@@ -1,4 +1,4 @@
-"""Tchebycheff scalarization and its relatives (Bowman 1976; Steuer & Choo 1983; Wierzbicki 1980)."""
+"""Tchebycheff scalarization (with its relatives; Bowman 1976; Steuer & Choo 1983; Wierzbicki 1980)."""
 
 from __future__ import annotations
 
