@@ -20,8 +20,8 @@ class AdaMerging(Adaptive):
     .. math:: W^l = W_0^l + \sum_t \lambda_t^l\, \tau_t^l, \qquad
         \min_{\lambda \in [0, 1]}\ \sum_t \mathbb E_x\, H\bigl(p_W(\cdot \mid x)\bigr)
 
-    Low entropy is a stand-in for low loss; where a model is surely wrong it misleads. With the filter ``trim`` and an election before it
-    is AdaMerging++.
+    Low entropy is a stand-in for low loss; where a model is surely wrong it misleads. With the filter ``trim`` before it
+    it is AdaMerging++ but for the election of signs.
 
     Args:
         wise: ``layer`` learns a coefficient for every tensor and expert, ``task`` one for every expert.

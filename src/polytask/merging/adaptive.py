@@ -140,7 +140,7 @@ def adapt(
             take pairs of inputs and labels instead.
         method: see ``polytask methods --family adaptive``.
         skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
-        filters: of task vectors, applied before; ``"trim"`` and an election make AdaMerging++ of AdaMerging.
+        filters: of task vectors, applied before, such as ``"trim"``.
         seed: of random draws in filters.
         options: the method's own.
 
