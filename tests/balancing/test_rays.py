@@ -96,6 +96,20 @@ class TestEPO:
             d = make("epo", preference=P).direction(G, ON_RAY)
             assert float((G @ d).min()) >= -1e-7
 
+    def test_where_no_direction_is_left_the_shortest_vector_is_taken(self):
+        """60 gradients in 20 dimensions oppose one another; a loss that depends on what none of them touches still falls."""
+        rng = np.random.default_rng(0)
+        G = torch.as_tensor(rng.standard_normal((60, 20)) * 10 ** rng.uniform(-3, 3, (60, 1)))
+        w = make("epo").weights(G @ G.T, torch.ones(60))
+        sizes = torch.linalg.vector_norm(G, dim=1)
+        assert float(w.min()) >= 0
+        assert float(w.sum()) == pytest.approx(1.0)
+        assert float(torch.linalg.vector_norm(w @ G)) <= 1e-6 * float(w @ sizes)
+        apart = torch.block_diag(G, sizes[-1:, None])
+        d = make("epo").direction(apart, torch.ones(61))
+        assert float(d[-1]) > 0
+        assert float(torch.linalg.vector_norm(d[:-1])) <= 1e-6 * float(sizes.max())
+
     def test_refuses_no_tolerance(self):
         with pytest.raises(InputError, match="epsilon of epo is positive"):
             make("epo", epsilon=0.0)
