@@ -335,7 +335,7 @@ def test_ranges_are_checked_when_a_method_is_made() -> None:
         ("ties", {"density": 0.0}, "density"),
         ("dare_ties", {"density": [0.5, 1.2]}, "density"),
         ("slerp", {"t": 1.5}, "t of slerp"),
-        ("slerp", {"t": "half"}, "t of slerp is a number, or one for each expert, not 'half'"),
+        ("slerp", {"t": "half"}, "t of slerp is a number, not 'half'"),
         ("iso_c", {"scale": "large"}, "the scale is a number"),
         ("weighted", {"weights": [1.0, "a"]}, "a weight is a number"),
         ("task_arithmetic", {"weights": float("nan")}, "a weight lies"),

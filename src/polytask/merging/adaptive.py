@@ -1,7 +1,8 @@
-"""Merging that looks at how the merged model answers: coefficients are learned on a few inputs of every task, mostly without labels."""
+"""Merging that looks at how the merged model answers: coefficients are learned on inputs of every task, mostly without labels."""
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from polytask.registry import Method
 
 
+WAY_OFF = 0.02
+"""How much less a result may agree with the experts than the base or their mean does before it is warned of."""
+
+
 @dataclass
 class Bench:
     """A model, its base and experts as tensors, and every task's inputs: what an adaptive method works with.
@@ -36,6 +41,7 @@ class Bench:
         D: the task vectors, one row an expert, by tensor.
         apart: for each expert, the tensors that are not merged, such as its head.
         batches: for each expert, its task's inputs, or pairs of inputs and labels where the method takes labels.
+        labelled: whether they are such pairs.
     """
 
     model: nn.Module
@@ -43,6 +49,7 @@ class Bench:
     D: dict[str, Float[Tensor, "experts ..."]]
     apart: dict[str, dict[str, Tensor]]
     batches: dict[str, list[Any]]
+    labelled: bool = False
     _turns: dict[str, Iterator[Any]] = field(default_factory=dict)
 
     def next_batch(self, expert: str) -> Any:
@@ -55,6 +62,19 @@ class Bench:
         if isinstance(inputs, dict):
             args, named = (), inputs
         return logits_of(functional_call(self.model, {**W, **self.apart[expert]}, tuple(args), named))
+
+    @torch.no_grad()
+    def agreement(self, W: Mapping[str, Tensor]) -> float:
+        """Share of the inputs that a model with the shared tensors W answers as the task's expert does, mean over the tasks."""
+        shares = []
+        for k, (expert, batches) in enumerate(self.batches.items()):
+            own = {n: self.W0[n] + D[k] for n, D in self.D.items()}
+            same = []
+            for batch in batches:
+                inputs = batch[0] if self.labelled else batch
+                same.append(self.logits(W, expert, inputs).argmax(-1) == self.logits(own, expert, inputs).argmax(-1))
+            shares.append(torch.cat([s.flatten() for s in same]).double().mean())
+        return float(torch.stack(shares).mean())
 
     def with_weights(self, W: Mapping[str, Tensor], expert: str) -> nn.Module:
         """The model itself, holding those weights, for what must be hooked."""
@@ -128,9 +148,13 @@ def adapt(
     skip: Sequence[str] = (),
     filters: Sequence[Filter | str] = (),
     seed: int = 0,
+    check: bool = True,
     **options: Any,
 ) -> dict[str, Tensor]:
-    """Merge by a method that runs the merged model on a few inputs of every task.
+    """Merge by a method that runs the merged model on inputs of every task.
+
+    Methods that lower entropy make the merged model sure of its answers, which is not the same as right. Experts are right about most of
+    their own inputs: a result that answers fewer of them as they do than the base or the mean of the experts is warned of.
 
     Args:
         model: the architecture; a classifier whose output is logits, in evaluation mode while it runs. It is left as it was.
@@ -142,6 +166,7 @@ def adapt(
         skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
         filters: of task vectors, applied before, such as ``"trim"``.
         seed: of random draws in filters.
+        check: compare the result's answers with the experts', which takes a few forward passes.
         options: the method's own.
 
     Returns:
@@ -158,9 +183,24 @@ def adapt(
         raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
     fitting: Adaptive = entry.factory(**options)
     bench = _bench(model, base, experts, batches, skip, filters, seed)
+    bench.labelled = fitting.takes_labels
     merged = fitting.fit(bench)
+    if check:
+        _warn_of_a_way_off(bench, merged, entry.name)
     result = {n: v.detach().clone() for n, v in base.items()}
     return result | {n: written_as(v.detach(), base[n].dtype, n).to(base[n].device) for n, v in merged.items()}
+
+
+def _warn_of_a_way_off(bench: Bench, merged: Mapping[str, Tensor], name: str) -> None:
+    simple = {"the base": bench.W0, "the mean of the experts": {n: bench.W0[n] + D.mean(0) for n, D in bench.D.items()}}
+    found = bench.agreement(merged)
+    better, share = max(((label, bench.agreement(W)) for label, W in simple.items()), key=lambda x: x[1])
+    if share - found > WAY_OFF:
+        warnings.warn(
+            f"{name} led away from the experts: the merged model answers {found:.0%} of the inputs as their task's expert does, "
+            f"{better} {share:.0%}; keep that, or a method that needs no inputs",
+            stacklevel=3,
+        )
 
 
 def _bench(

@@ -54,7 +54,7 @@ class OfEach(Sequence[Tensor]):
         return len(self.experts)
 
     def __getitem__(self, t: int) -> Tensor:  # type: ignore[override]
-        return self.experts[t][self.name]
+        return self.experts[t][self.name].double()
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class TaskVectorMerger(Merger):
 
     def __init__(self, *, scale: float = 1.0, weights: PerExpert = 1.0) -> None:
         in_range(scale, "the scale", float("-inf"), float("inf"))
-        in_range(weights, "a weight", float("-inf"), float("inf"))
+        in_range(weights, "a weight", float("-inf"), float("inf"), each=True)
         self.scale, self.weights = scale, weights
 
     def merge(self, W0: Tensor | None, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:
@@ -247,15 +247,17 @@ def as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def in_range(value: PerExpert, name: str, low: float, high: float, *, open_low: bool = False) -> None:
-    """Check a number, or one for each expert, when a method is made.
+def in_range(
+    value: PerExpert, name: str, low: float, high: float, *, open_low: bool = False, each: bool = False
+) -> None:
+    """Check a number, or with ``each`` perhaps one for each expert, when a method is made.
 
     Raises:
         InputError: outside [low, high], or no number.
     """
-    for v in value if isinstance(value, list | tuple) else [value]:
-        if not isinstance(v, int | float):
-            raise InputError(f"{name} is a number, or one for each expert, not {v!r}")
+    for v in value if each and isinstance(value, list | tuple) else [value]:
+        if isinstance(v, bool) or not isinstance(v, int | float):
+            raise InputError(f"{name} is a number{', or one for each expert' * each}, not {v!r}")
         if not (low < v if open_low else low <= v) or not v <= high:
             beside = f", not at {low:g}" if open_low else ""
             raise InputError(f"{name} lies between {low:g} and {high:g}{beside}, not {v}")

@@ -32,6 +32,8 @@ class Breadcrumbs(SparseMerger):
     Cost: four passes of counting over each task vector.
     """
 
+    elect = False
+
     def __init__(
         self,
         *,
@@ -40,4 +42,5 @@ class Breadcrumbs(SparseMerger):
         normalize: bool = False,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Outliers(density=density, gamma=gamma), elect=False, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Outliers(density=density, gamma=gamma), normalize

@@ -33,6 +33,8 @@ class BreadcrumbsTies(SparseMerger):
     Cost: four passes of counting over each task vector and TIES' election.
     """
 
+    elect = True
+
     def __init__(
         self,
         *,
@@ -41,4 +43,5 @@ class BreadcrumbsTies(SparseMerger):
         normalize: bool = False,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Outliers(density=density, gamma=gamma), elect=True, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Outliers(density=density, gamma=gamma), normalize

@@ -39,7 +39,7 @@ class Consensus(TaskVectorMerger):
         self, *, threshold: PerExpert = 0.4, agreeing: int = 2, scale: float = 0.3, weights: PerExpert = 1.0
     ) -> None:
         super().__init__(scale=scale, weights=weights)
-        in_range(threshold, "the threshold of consensus", 0, float("inf"))
+        in_range(threshold, "the threshold of consensus", 0, float("inf"), each=True)
         if agreeing < 1:
             raise InputError(f"at least one expert agrees, not {agreeing}")
         self.threshold, self.agreeing = threshold, agreeing

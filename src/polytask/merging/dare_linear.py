@@ -35,6 +35,8 @@ class DareLinear(SparseMerger):
     Cost: one random number an entry.
     """
 
+    elect = False
+
     def __init__(
         self,
         *,
@@ -43,4 +45,5 @@ class DareLinear(SparseMerger):
         normalize: bool = False,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Drop(density=density, rescale=rescale), elect=False, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Drop(density=density, rescale=rescale), normalize

@@ -37,6 +37,8 @@ class DareTies(SparseMerger):
     Cost: one random number an entry and TIES' election.
     """
 
+    elect = True
+
     def __init__(
         self,
         *,
@@ -45,4 +47,5 @@ class DareTies(SparseMerger):
         normalize: bool = False,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Drop(density=density, rescale=rescale), elect=True, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Drop(density=density, rescale=rescale), normalize

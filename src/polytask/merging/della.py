@@ -37,6 +37,8 @@ class Della(SparseMerger):
     Cost: a sort of each row, one random number an entry.
     """
 
+    elect = True
+
     def __init__(
         self,
         *,
@@ -46,6 +48,5 @@ class Della(SparseMerger):
         normalize: bool = True,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(
-            MagPrune(density=density, epsilon=epsilon, rescale=rescale), elect=True, normalize=normalize, **base
-        )
+        super().__init__(**base)
+        self.sparsify, self.normalize = MagPrune(density=density, epsilon=epsilon, rescale=rescale), normalize

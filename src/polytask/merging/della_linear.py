@@ -35,6 +35,8 @@ class DellaLinear(SparseMerger):
     Cost: a sort of each row, one random number an entry.
     """
 
+    elect = False
+
     def __init__(
         self,
         *,
@@ -44,6 +46,5 @@ class DellaLinear(SparseMerger):
         normalize: bool = False,
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(
-            MagPrune(density=density, epsilon=epsilon, rescale=rescale), elect=False, normalize=normalize, **base
-        )
+        super().__init__(**base)
+        self.sparsify, self.normalize = MagPrune(density=density, epsilon=epsilon, rescale=rescale), normalize

@@ -34,7 +34,7 @@ class Drop(Filter):
     """
 
     def __init__(self, *, density: PerExpert = 0.5, rescale: bool = True) -> None:
-        in_range(density, "the density", 0, 1, open_low=True)
+        in_range(density, "the density", 0, 1, open_low=True, each=True)
         self.density, self.rescale = density, rescale
 
     def apply(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
@@ -42,7 +42,7 @@ class Drop(Filter):
             if rho < 1:
                 generator = place.generator(t)
                 for _, piece in chunks(row[None]):
-                    piece *= torch.rand(piece.shape, generator=generator) < rho
+                    piece *= torch.rand(piece.shape, generator=generator, dtype=torch.float32) < rho
                     if self.rescale:
                         piece /= rho
         return D

@@ -38,7 +38,7 @@ class Fisher(WeightMerger):
 
     def __init__(self, *, weights: PerExpert = 1.0, floor: float = 1e-6) -> None:
         in_range(floor, "the floor of fisher", 0, float("inf"), open_low=True)
-        in_range(weights, "a weight", float("-inf"), float("inf"))
+        in_range(weights, "a weight", float("-inf"), float("inf"), each=True)
         self.weights, self.floor = weights, floor
 
     def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:

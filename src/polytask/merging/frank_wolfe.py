@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.errors import InputError
 from polytask.merging.adaptive import Adaptive, Bench, entropy
+from polytask.merging.base import in_range
 from polytask.registry import register
 
 
@@ -17,53 +19,71 @@ from polytask.registry import register
     "frank_wolfe", family="adaptive", paper="arXiv:2503.12649", needs="inputs", aliases=("fw_merging", "FW-Merging")
 )
 class FrankWolfe(Adaptive):
-    r"""Walk from the base towards one expert at a time, always the one that the loss falls towards fastest.
+    r"""Walk from task arithmetic towards one expert at a time, always the one that the loss falls towards fastest.
 
-    .. math:: v = \arg\min_{k}\ \langle \nabla \ell(W),\, W_k \rangle, \qquad W \leftarrow (1 - \gamma) W + \gamma\, W_v, \qquad
-        \gamma = \tfrac{2}{i + 2}
+    .. math:: W \leftarrow W_0 + \lambda \sum_t \tau_t, \qquad v = \arg\min_k\ \langle \nabla \ell(W),\, W_k \rangle, \qquad
+        W \leftarrow (1 - \gamma_i)\, W + \gamma_i W_v, \qquad \gamma_i = \eta\, \tfrac{2}{i + 2}
 
-    over the base and the experts: W never leaves their convex hull, and experts that help nobody are never walked to, which is what the
-    method is for where there are many. :math:`\ell` is the sum of the tasks' cross-entropies on labelled batches, or of the entropies of
-    their predictions.
+    over the experts and the start: W never leaves their convex hull, and experts that help nobody are never walked to, which is what the
+    method is for where there are many. :math:`\ell` is the sum of the tasks' cross-entropies on labelled batches, as in the paper, or of
+    the entropies of their predictions.
 
     Args:
         wise: choose among the experts for the whole ``model``, or for each ``layer`` (tensor) apart.
         labels: take batches of inputs and labels.
-        steps: of the walk; the first one, with :math:`\gamma = 1`, is left out, so that it starts at the base.
+        start: :math:`\lambda`; 0 starts at the base.
+        stride: :math:`\eta`, small as in the authors' code: the walk mends task arithmetic, it does not replace it. With 1, the first
+            step goes two thirds of the way to an expert.
+        steps: of the walk, i = 1, 2, ...
 
-    Cost: a forward and a backward pass a step and task.
+    Cost: a forward and a backward pass a step and batch of a task; every step looks at all batches.
     """
 
-    def __init__(self, *, wise: Literal["model", "layer"] = "layer", labels: bool = False, steps: int = 50) -> None:
+    def __init__(
+        self,
+        *,
+        wise: Literal["model", "layer"] = "model",
+        labels: bool = False,
+        start: float = 0.3,
+        stride: float = 0.03,
+        steps: int = 10,
+    ) -> None:
         if wise not in ("model", "layer"):
             raise InputError(f"frank_wolfe chooses 'model'- or 'layer'-wise, not {wise!r}")
-        self.wise, self.takes_labels, self.steps = wise, labels, steps
+        in_range(start, "the start of frank_wolfe", 0, 1)
+        in_range(stride, "the stride of frank_wolfe", 0, 1)
+        self.wise, self.takes_labels = wise, labels
+        self.start, self.stride, self.steps = start, stride, steps
 
     def fit(self, bench: Bench) -> dict[str, Tensor]:
-        W = {n: v.clone() for n, v in bench.W0.items()}
+        first = {n: bench.W0[n] + self.start * D.sum(0) for n, D in bench.D.items()}
+        W = {n: v.clone() for n, v in first.items()}
         for i in range(1, self.steps + 1):
-            gradient = self._gradient(bench, W)
-            # <g, W_k> of the base is the offset of all: only <g, tau_k> differs, and is 0 for the base
-            towards = torch.stack(
-                [(bench.D[n] * g).flatten(1).sum(1) if g.ndim else bench.D[n] * g for n, g in gradient.items()]
-            ).double()
+            towards = self._slopes(bench, W, first)
             if self.wise == "model":
                 towards = towards.sum(0).expand_as(towards)
             for row, (n, w) in zip(towards, W.items(), strict=True):
                 k = int(row.argmin())
-                vertex = bench.W0[n] + bench.D[n][k] if row[k] < 0 else bench.W0[n]
-                w.lerp_(vertex, 2 / (i + 2))
+                w.lerp_(bench.W0[n] + bench.D[n][k] if row[k] < 0 else first[n], self.stride * 2 / (i + 2))
         return W
+
+    def _slopes(self, bench: Bench, W: dict[str, Tensor], first: dict[str, Tensor]) -> Float[Tensor, "tensors experts"]:
+        """<gradient, expert - start>: what decides between experts, and against 0 between them and the start."""
+        rows = []
+        for n, g in self._gradient(bench, W).items():
+            beyond = bench.D[n] - (first[n] - bench.W0[n])
+            rows.append((beyond * g).flatten(1).sum(1) if g.ndim else beyond * g)
+        return torch.stack(rows).double()
 
     def _gradient(self, bench: Bench, W: dict[str, Tensor]) -> dict[str, Tensor]:
         leaves = {n: w.detach().clone().requires_grad_() for n, w in W.items()}
-        total = torch.zeros(())
-        for t in bench.batches:
-            batch = bench.next_batch(t)
-            if self.takes_labels:
-                inputs, labels = batch
-                total = total + F.cross_entropy(bench.logits(leaves, t, inputs), labels)
-            else:
-                total = total + entropy(bench.logits(leaves, t, batch))
-        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-        return {n: torch.zeros_like(W[n]) if g is None else g for n, g in zip(leaves, found, strict=True)}
+        for t, batches in bench.batches.items():
+            for batch in batches:
+                (self._loss(bench, leaves, t, batch) / len(batches)).backward()
+        return {n: torch.zeros_like(W[n]) if v.grad is None else v.grad for n, v in leaves.items()}
+
+    def _loss(self, bench: Bench, W: dict[str, Tensor], task: str, batch: object) -> Float[Tensor, ""]:
+        if not self.takes_labels:
+            return entropy(bench.logits(W, task, batch))
+        inputs, labels = batch  # type: ignore[misc]
+        return F.cross_entropy(bench.logits(W, task, inputs), labels)

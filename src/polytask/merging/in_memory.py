@@ -7,15 +7,23 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from polytask.errors import InputError
-from polytask.merging.base import Filter, Merger
+from polytask.merging.base import Filter, Merger, as_patterns
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.matching import Spec, compute_dtype, dtype_of, match
-from polytask.registry import Method, find
+from polytask.registry import Method, find, methods, spelling
 
 State = Mapping[str, Tensor]
+
+ELSEWHERE = {
+    "filter": "it is a filter of task vectors, which goes before one (--filter, or filters=[...])",
+    "adaptive": "it runs the model on inputs while it merges; polytask.merging.adapt does that, and polytask merge compare",
+    "masking": "it keeps a mask for each expert; polytask.merging.pack does that",
+    "routing": "it keeps experts in one model; polytask.merging.route_by_prototypes does that, and polytask merge --method",
+}
+"""What related families are, and where they are to be had."""
 
 
 def make(name: str, **options: Any) -> Merger:
@@ -28,8 +36,25 @@ def make(name: str, **options: Any) -> Merger:
     Raises:
         InputError: unknown name or option; the message names the nearest ones.
     """
-    merger: Merger = _built(find(name, family="merging"), options)
+    merger: Merger = _built(merging_method(name), options)
     return merger
+
+
+def merging_method(name: str) -> Method:
+    """The registered merging method of a name or an alias.
+
+    Raises:
+        InputError: no such method; the message names the nearest ones, or what else carries the name.
+    """
+    label = name.replace("++", "_pp") if isinstance(name, str) else name
+    try:
+        return find(label, family="merging")
+    except InputError:
+        related = [m for m in methods() if m.family in ELSEWHERE]
+        for other in related if isinstance(label, str) else ():
+            if spelling(label) in map(spelling, (other.name, *other.aliases)):
+                raise InputError(f"{other.name} is no merging method: {ELSEWHERE[other.family]}") from None
+        raise
 
 
 def make_filter(name: str, **options: Any) -> Filter:
@@ -42,6 +67,8 @@ def make_filter(name: str, **options: Any) -> Filter:
     Raises:
         InputError: unknown name or option.
     """
+    if not isinstance(name, str):
+        raise InputError(f"a filter is given by its name, or made by make_filter, not {name!r}")
     name, sign, text = name.partition(":")
     for setting in text.split(",") if sign else ():
         option, equals, value = setting.partition("=")
@@ -56,7 +83,20 @@ def _built(method: Method, options: Mapping[str, Any]) -> Any:
     unknown = [o for o in options if o not in method.options]
     if unknown:
         raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
-    return method.factory(**options)
+    return method.factory(**{o: _of_kind(v, method.options[o], f"{o} of {method.name}") for o, v in options.items()})
+
+
+def _of_kind(value: Any, default: Any, label: str) -> Any:
+    """A value for an option whose default is a flag or a count; 1 and 1.0 count as true, as mergekit's files have it."""
+    if isinstance(default, bool):
+        if value not in (False, True):
+            raise InputError(f"{label} is true or false, not {value!r}")
+        return bool(value)
+    if isinstance(default, int):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+            raise InputError(f"{label} is a whole number, not {value!r}")
+        return int(value)
+    return value
 
 
 def merge(
@@ -64,8 +104,8 @@ def merge(
     experts: Sequence[State] | Mapping[str, State],
     method: str = "task_arithmetic",
     *,
-    filters: Sequence[Filter | str] = (),
-    skip: Sequence[str] = (),
+    filters: Filter | str | Sequence[Filter | str] = (),
+    skip: str | Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
     statistics: Sequence[Mapping[str, Tensor]] = (),
     seed: int = 0,
@@ -106,15 +146,21 @@ def merge(
         raise InputError("there is nothing to merge: no expert was given")
     merger = make(method, **options)
     models = ([("the base", base)] if base is not None else []) + list(named.items())
-    out = dtype_of(dtype) if isinstance(dtype, str) else dtype
-    found = match([(label, specs(s, label)) for label, s in models], skip, mixed_dtypes=out is not None)
-    engine = Engine(lambda _: merger, [make_filter(f) if isinstance(f, str) else f for f in filters], statistics, seed)
+    out = None if dtype is None else dtype_of(dtype)
+    described = [(label, specs(s, label)) for label, s in models]
+    found = match(described, as_patterns(skip), mixed_dtypes=out is not None)
+    chosen = [filters] if isinstance(filters, str | Filter) else filters
+    engine = Engine(
+        lambda _: merger, [f if isinstance(f, Filter) else make_filter(f) for f in chosen], statistics, seed
+    )
     engine.check(found.merged, len(named), base is not None, len(statistics))
     engine.check_statistics(found.merged)
+    if merger.statistic is not None:
+        check_statistics(statistics, merger.statistic, described[0][1], list(named))
 
     def load(name: str) -> tuple[Tensor | None, Tensor]:
         to = compute_dtype(s[name].dtype for _, s in models)
-        W = [s[name].detach().reshape(s[name].shape or (1,)).to("cpu", to) for _, s in models]
+        W = [s[name].detach().reshape(s[name].shape or (1,)).to("cpu", to).contiguous() for _, s in models]
         for w, (label, _) in zip(W, models, strict=True):
             check_finite(w, name, label)
         return (W[0].clone(), torch.stack(W[1:])) if base is not None else (None, torch.stack(W))
@@ -138,7 +184,7 @@ def _merged(
     tied: dict[Any, str] = {}
     for name, like in reference.items():
         if name not in merging:
-            result[name] = like.detach().clone()
+            result[name] = like.detach().clone(memory_format=torch.contiguous_format)
             continue
         storage = tuple((s[name].data_ptr(), s[name].shape, s[name].stride()) for _, s in models)
         if storage in tied and like.numel():
@@ -156,9 +202,41 @@ def specs(state: State, label: str) -> dict[str, Spec]:
     """Shapes and dtypes of a state dict.
 
     Raises:
-        InputError: something in it is not a tensor.
+        InputError: it is no state dict, or something in it is not a tensor with values.
     """
+    if not isinstance(state, Mapping):
+        instead = ": give its state_dict()" if isinstance(state, nn.Module) else ""
+        raise InputError(f"{label} is a {type(state).__name__}, not a state dict of tensors by name{instead}")
     for name, value in state.items():
         if not isinstance(value, Tensor):
             raise InputError(f"{name} of {label} is a {type(value).__name__}, not a tensor")
+        if value.is_meta or value.layout is not torch.strided:
+            kind = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
+            raise InputError(f"the tensor {name} of {label} is {kind}: only dense tensors with values are merged")
     return {n: Spec(tuple(v.shape), v.dtype) for n, v in state.items()}
+
+
+def check_statistics(
+    statistics: Sequence[Mapping[str, Tensor]], kind: str, wanted: Mapping[str, Spec], labels: Sequence[str]
+) -> None:
+    """Refuse statistics of another model, or of inputs that were no numbers.
+
+    Args:
+        statistics: of each expert.
+        kind: ``gramian`` or ``fisher``.
+        wanted: the tensors that they are statistics of.
+        labels: what the experts are called.
+
+    Raises:
+        InputError: one has another shape than its tensor asks for, or holds NaN.
+    """
+    for label, own in zip(labels, statistics, strict=True):
+        for name, S in own.items():
+            if name not in wanted or (kind == "gramian" and len(wanted[name].shape) != 2):
+                continue
+            shape = wanted[name].shape if kind == "fisher" else (wanted[name].shape[1] + 1,) * 2
+            if tuple(S.shape) != shape:
+                raise InputError(
+                    f"the {kind} of {name} of {label} has shape {list(S.shape)}, and its tensor asks for {list(shape)}"
+                )
+            check_finite(S, f"{name} in the {kind}s", label)

@@ -15,6 +15,10 @@ def inner_merger(outer: Merger, name: str, options: dict[str, object] | None) ->
     Raises:
         InputError: unknown, no merger of task vectors, or one that must see the whole model first.
     """
+    if not isinstance(options or {}, dict):
+        raise InputError(
+            f"options of the method within {outer.method.name} are given by their names, not as {options!r}"
+        )
     made = make(name, **(options or {}))
     if not isinstance(made, TaskVectorMerger):
         raise InputError(f"{outer.method.name} works around a method that merges task vectors, not {made.method.name}")

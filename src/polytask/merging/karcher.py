@@ -37,7 +37,7 @@ class Karcher(WeightMerger):
     """
 
     def __init__(self, *, weights: PerExpert = 1.0, steps: int = 100, tolerance: float = 1e-9) -> None:
-        in_range(weights, "a weight of karcher", 0, float("inf"), open_low=True)
+        in_range(weights, "a weight of karcher", 0, float("inf"), open_low=True, each=True)
         if steps < 1:
             raise InputError(f"karcher takes at least one step, not {steps}")
         self.weights, self.steps, self.tolerance = weights, steps, tolerance

@@ -31,6 +31,8 @@ class MagnitudePrune(SparseMerger):
     Cost: as TIES without its election.
     """
 
+    elect = False
+
     def __init__(
         self,
         *,
@@ -39,4 +41,5 @@ class MagnitudePrune(SparseMerger):
         scope: Literal["tensor", "model"] = "tensor",
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Trim(density=density, scope=scope), elect=False, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Trim(density=density, scope=scope), normalize

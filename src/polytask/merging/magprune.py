@@ -39,8 +39,8 @@ class MagPrune(Filter):
     """
 
     def __init__(self, *, density: PerExpert = 0.5, epsilon: PerExpert = 0.2, rescale: bool = True) -> None:
-        in_range(density, "the density", 0, 1, open_low=True)
-        in_range(epsilon, "epsilon", 0, 1)
+        in_range(density, "the density", 0, 1, open_low=True, each=True)
+        in_range(epsilon, "epsilon", 0, 1, each=True)
         self.density, self.epsilon, self.rescale = density, epsilon, rescale
 
     def apply(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002

@@ -112,13 +112,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def dtype_of(name: str) -> torch.dtype:
+def dtype_of(given: str | torch.dtype) -> torch.dtype:
     """The floating-point dtype of a name such as ``bfloat16``.
 
     Raises:
         InputError: no such dtype.
     """
-    found = getattr(torch, name, None)
+    name = dtype_name(given) if isinstance(given, torch.dtype) else given
+    found = getattr(torch, str(name), None)
     if name not in ("float16", "bfloat16", "float32", "float64") or not isinstance(found, torch.dtype):
         raise InputError(f"the dtype of a merged model is float16, bfloat16, float32 or float64, not {name!r}")
     return found

@@ -35,7 +35,7 @@ class MultiSlerp(WeightMerger):
     """
 
     def __init__(self, *, weights: PerExpert = 1.0) -> None:
-        in_range(weights, "a weight", float("-inf"), float("inf"))
+        in_range(weights, "a weight", float("-inf"), float("inf"), each=True)
         self.weights = weights
 
     def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:

@@ -34,8 +34,8 @@ class Outliers(Filter):
     """
 
     def __init__(self, *, density: PerExpert = 0.9, gamma: PerExpert = 0.01) -> None:
-        in_range(density, "the density", 0, 1, open_low=True)
-        in_range(gamma, "gamma", 0, 1)
+        in_range(density, "the density", 0, 1, open_low=True, each=True)
+        in_range(gamma, "gamma", 0, 1, each=True)
         self.density, self.gamma = density, gamma
 
     def apply(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002

@@ -41,7 +41,7 @@ class SCE(TaskVectorMerger):
         self.select = select
 
     def update(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
-        if self.select < 1:
+        if self.select < 1 and W0.numel():
             variance = torch.empty_like(D[0])
             for where, d in chunks(D):
                 variance.view(-1)[where] = d.var(0, unbiased=False)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.merging.base import Filter, Place, TaskVectorMerger, TaskVectorOptions, chunks, per_expert
+from polytask.merging.base import Filter, Place, TaskVectorMerger, chunks, per_expert
 
 
 class SparseMerger(TaskVectorMerger):
@@ -19,17 +19,18 @@ class SparseMerger(TaskVectorMerger):
 
     elementwise; without an election every bracket is 1, without normalisation the denominator is 1.
 
-    Args:
+    A method sets the attributes.
+
+    Attributes:
         sparsify: the filter.
         elect: let only the entries of the majority's sign take part.
         normalize: divide by the weights that took part; where they sum to 0, by 1.
     """
 
     weighs_itself = True
-
-    def __init__(self, sparsify: Filter, *, elect: bool, normalize: bool, **base: Unpack[TaskVectorOptions]) -> None:
-        super().__init__(**base)
-        self.sparsify, self.elect, self.normalize = sparsify, elect, normalize
+    elect: ClassVar[bool]
+    sparsify: Filter
+    normalize: bool
 
     @property
     def passes(self) -> int:  # type: ignore[override]

@@ -27,7 +27,7 @@ class TALL(Masking):
     rescaled = False
 
     def __init__(self, *, threshold: PerExpert = 0.4) -> None:
-        in_range(threshold, "the threshold of tall", 0, float("inf"))
+        in_range(threshold, "the threshold of tall", 0, float("inf"), each=True)
         self.threshold = threshold
 
     def unify(self, D: Float[Tensor, "experts ..."]) -> tuple[Float[Tensor, "..."], Bool[Tensor, "experts ..."]]:

@@ -33,6 +33,8 @@ class TIES(SparseMerger):
     Cost: a few passes over the task vectors; memory as any elementwise method.
     """
 
+    elect = True
+
     def __init__(
         self,
         *,
@@ -41,4 +43,5 @@ class TIES(SparseMerger):
         scope: Literal["tensor", "model"] = "tensor",
         **base: Unpack[TaskVectorOptions],
     ) -> None:
-        super().__init__(Trim(density=density, scope=scope), elect=True, normalize=normalize, **base)
+        super().__init__(**base)
+        self.sparsify, self.normalize = Trim(density=density, scope=scope), normalize

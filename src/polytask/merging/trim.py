@@ -38,7 +38,7 @@ class Trim(Filter):
     """
 
     def __init__(self, *, density: PerExpert = 0.2, scope: Literal["tensor", "model"] = "tensor") -> None:
-        in_range(density, "the density", 0, 1, open_low=True)
+        in_range(density, "the density", 0, 1, open_low=True, each=True)
         if scope not in ("tensor", "model"):
             raise InputError(f"the scope of trimming is 'tensor' or 'model', not {scope!r}")
         self.density, self.scope = density, scope

@@ -31,7 +31,7 @@ class Weighted(WeightMerger):
     """
 
     def __init__(self, *, weights: PerExpert = 1.0, normalize: bool = True) -> None:
-        in_range(weights, "a weight", float("-inf"), float("inf"))
+        in_range(weights, "a weight", float("-inf"), float("inf"), each=True)
         self.weights, self.normalize = weights, normalize
 
     def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
