@@ -32,19 +32,23 @@ class AlignedMTL(GramianWeighting):
 
     Args:
         scale: which eigenvalue all are made equal to: ``min``, ``median`` or ``rmse`` (their mean).
+        average: divide by K, as TorchJD does; the authors' code and LibMTL add.
 
     Cost: one K x K eigendecomposition a step. Equal weighting for orthogonal gradients of equal norm.
     """
 
-    def __init__(self, *, scale: Literal["min", "median", "rmse"] = "min", **base: Unpack[BaseOptions]) -> None:
+    def __init__(
+        self, *, scale: Literal["min", "median", "rmse"] = "min", average: bool = False, **base: Unpack[BaseOptions]
+    ) -> None:
         super().__init__(**base)
         if scale not in ("min", "median", "rmse"):
             raise InputError(f"aligned_mtl scales to 'min', 'median' or 'rmse', not {scale!r}")
-        self.scale = scale
+        self.scale, self.average = scale, average
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         eigenvalues, vectors = np.linalg.eigh(C)
         kept = eigenvalues > len(C) * self.precision * eigenvalues[-1]
         V, lam = vectors[:, kept], eigenvalues[kept]
         common = {"min": lam.min(), "median": np.median(lam), "rmse": lam.mean()}[self.scale]
-        return np.asarray((V * np.sqrt(common / lam)) @ (V.T @ self.p))
+        w = (V * np.sqrt(common / lam)) @ (V.T @ self.p)
+        return np.asarray(w / len(C) if self.average else w)

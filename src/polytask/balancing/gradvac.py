@@ -31,7 +31,8 @@ class GradVac(GramianWeighting):
         (\rho_{ij}\sqrt{1 - \phi^2} - \phi\sqrt{1 - \rho_{ij}^2})}{\lVert g_j\rVert\sqrt{1 - \rho_{ij}^2}}\, g_j
 
     then :math:`\rho_{ij} \leftarrow (1 - \beta)\rho_{ij} + \beta\phi`. The averages start at 0, where this is PCGrad;
-    they are kept for the whole shared gradient (the paper also keeps them by layer).
+    they are kept for the whole shared gradient. For averages by layer or by matrix, as the paper and LibMTL's ``group_type`` have
+    them, name the groups: ``polytask.backward(..., shared={name: parameters}, level="exact")``.
 
     Args:
         beta: :math:`\beta`, weight of the newest cosine; the paper's 0.01 (LibMTL: 0.5).

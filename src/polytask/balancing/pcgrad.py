@@ -30,15 +30,18 @@ class PCGrad(GramianWeighting):
 
     Args:
         order: ``random``, drawn anew for each task and step, or ``ascending``.
+        average: divide by K, as the authors' code does; the paper's algorithm, LibMTL and TorchJD add.
 
     Cost: K operations on K x K numbers a step.
     """
 
-    def __init__(self, *, order: Literal["random", "ascending"] = "random", **base: Unpack[BaseOptions]) -> None:
+    def __init__(
+        self, *, order: Literal["random", "ascending"] = "random", average: bool = False, **base: Unpack[BaseOptions]
+    ) -> None:
         super().__init__(**base)
         if order not in ("random", "ascending"):
             raise InputError(f"pcgrad projects in 'random' or 'ascending' order, not {order!r}")
-        self.order = order
+        self.order, self.average = order, average
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:  # noqa: ARG002
         k = len(C)
@@ -56,4 +59,5 @@ class PCGrad(GramianWeighting):
             H -= piece
         A = np.empty((k, k))  # what is taken out of every gradient, as coefficients
         np.put_along_axis(A, orders, taken.T, 1)
-        return np.asarray(self.p - self.p @ A)
+        w = self.p - self.p @ A
+        return np.asarray(w / k if self.average else w)

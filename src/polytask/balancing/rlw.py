@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.balancing.base import BaseOptions, LossWeighting
+from polytask.balancing.base import BaseOptions, LossWeighting, Vector
 from polytask.errors import InputError
 from polytask.registry import register
+
+Distribution = Literal["normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli"]
 
 
 @register(
@@ -26,27 +28,43 @@ from polytask.registry import register
 class RLW(LossWeighting):
     r"""Draw the weights anew at every step.
 
-    .. math:: w = \mathrm{softmax}(z), \quad z \sim \mathcal{N}(0, I) \qquad \text{or} \qquad
-        w \sim \mathrm{Dirichlet}(1)
+    .. math:: w = \frac{p \circ z}{\langle p, z\rangle}, \qquad z = e^u, \quad u \sim \mathcal{N}(0, I)
 
-    The weights sum to 1 (not to K): halve or double the learning rate accordingly when comparing. A preference
-    multiplies the weights before they are made to sum to 1. Hard to beat for a method that looks at nothing, which is
-    why it belongs in every comparison.
+    or z from another distribution. The weights sum to 1 (not to K): halve or double the learning rate accordingly when comparing. Hard
+    to beat for a method that looks at nothing, which is why it belongs in every comparison.
 
     Args:
-        distribution: ``normal`` (softmax of normal numbers) or ``dirichlet`` (uniform on the simplex).
+        distribution: ``normal``; ``uniform``, where u is uniform between 0 and 1; ``dirichlet``, where w is uniform on the simplex;
+            ``bernoulli``, where z is any set of tasks but the empty one, all alike; ``constrained_bernoulli``, where it is one task.
 
     Cost: K random numbers a step.
     """
 
-    def __init__(self, *, distribution: Literal["normal", "dirichlet"] = "normal", **base: Unpack[BaseOptions]) -> None:
+    reads_values = False
+
+    def __init__(self, *, distribution: Distribution = "normal", **base: Unpack[BaseOptions]) -> None:
         super().__init__(**base)
-        if distribution not in ("normal", "dirichlet"):
-            raise InputError(f"rlw draws from 'normal' or 'dirichlet', not {distribution!r}")
+        if distribution not in get_args(Distribution):
+            known = ", ".join(map(repr, get_args(Distribution)))
+            raise InputError(f"rlw draws from one of {known}, not {distribution!r}")
         self.distribution = distribution
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        k = len(losses)
-        z = np.exp(self.rng.standard_normal(k)) if self.distribution == "normal" else self.rng.standard_exponential(k)
+        z = self._draw(len(losses))
         w = torch.as_tensor(self.p * z / (self.p @ z)).to(losses)
         return (w * losses).sum(), w
+
+    def _draw(self, k: int) -> Vector:
+        match self.distribution:
+            case "normal":
+                return np.exp(self.rng.standard_normal(k))
+            case "uniform":
+                return np.exp(self.rng.random(k))
+            case "dirichlet":
+                return self.rng.standard_exponential(k)
+            case "constrained_bernoulli":
+                return np.asarray(np.eye(k)[self.rng.integers(k)])
+        while True:
+            chosen = self.rng.integers(2, size=k)
+            if chosen.any():
+                return chosen.astype(np.float64)
