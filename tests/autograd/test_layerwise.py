@@ -181,3 +181,19 @@ def test_streaming_is_chosen_where_layers_are_wide_and_examples_few(width, examp
     z = trunk(torch.randn(examples, width))
     losses = [(z * k).sin().mean() for k in range(1, 4)]
     assert streaming_pays(losses, list(trunk.parameters())) is pays
+
+
+@pytest.mark.parametrize("hold", [0, 2**20])
+@pytest.mark.parametrize("name", TRUNKS)
+def test_a_walk_agrees_with_the_engine_unless_hooks_change_gradients(name, hold):
+    torch.manual_seed(0)
+    build, shape = TRUNKS[name]
+    trunk = build()
+    for factor in (None, 2.0):
+        z = trunk(torch.randn(*shape))
+        if factor is not None:
+            z.register_hook(lambda g, factor=factor: factor * g)
+        losses = [10.0 ** (k - 2) * (nn.Linear(8, 1)(z) ** 2).mean() for k in range(4)]
+        parameters = list(trunk.parameters())
+        found = layerwise_gradients(losses, parameters, hold)
+        assert found.agrees_with_engine(losses, parameters) is (factor is None)

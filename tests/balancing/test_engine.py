@@ -330,3 +330,23 @@ def test_losses_taken_together_make_the_same_step(balancer, together):
         torch.testing.assert_close(p.grad, q.grad)
     with pytest.raises(InputError, match="together=0"):
         polytask.backward(losses_of(one), shared=one.trunk, balancer=balancer(), level="exact", together=0)
+
+
+@pytest.mark.parametrize("limit", [None, 1e-3])
+def test_hooks_on_tensors_of_a_wide_network_count_at_exact_level(limit):
+    """Layer by layer the graph is walked without the engine, which alone calls hooks."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 256))
+    heads = [nn.Linear(256, 1) for _ in range(4)]
+    balancer = make("mgda")
+    for _ in range(2):
+        z = trunk(torch.randn(8, 256))
+        z.register_hook(lambda g: g if limit is None else g.clamp(-limit, limit))
+        losses = [(k + 1.0) * head(z).square().mean() for k, head in enumerate(heads)]
+        J = [torch.autograd.grad(loss, list(trunk.parameters()), retain_graph=True) for loss in losses]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in J])
+        trunk.zero_grad()
+        polytask.backward(losses, shared=trunk, balancer=balancer, level="exact")
+        found = torch.cat([p.grad.flatten() for p in trunk.parameters()])
+        assert (found - make("mgda").direction(J)).norm() <= 1e-4 * J.norm()
+    assert list(balancer.workspace.walks.values()) == [limit is None]

@@ -21,6 +21,8 @@ Lanes = list[Tensor | None]
 
 # how much of |X|^2 |D|^2 must survive in |X'D|^2 for the product form to keep four digits in float32
 SURVIVING = 1e-3
+# how far a walk may be from the engine, relative to gradients of norm 1
+AGREEMENT = 1e-3
 # numbers held at once where the weight matrix is smaller: 4 MB in float32
 SLICE = 2**20
 # a product with a triangular matrix is taken in so many bands
@@ -71,6 +73,28 @@ class LayerwiseGradients:
             return None
         layers, self._layers = self._layers[::-1], None
         return ((layer.parameter, layer.combination(w)) for layer in iter(_popped(layers), None))
+
+    def agrees_with_engine(self, losses: Sequence[Float[Tensor, ""]], parameters: Sequence[Tensor]) -> bool:
+        """Whether one backward pass of the engine, for a sum of the losses, finds what was found here.
+
+        The engine calls hooks on tensors of the graph and a walk does not: where hooks change gradients the two differ.
+
+        Cost: one backward pass; what is held stays.
+        """
+        norms = self.gramian.diagonal().sqrt()
+        w = torch.where(norms > 0, 1 / norms, 0.0)
+        total = (w.to(losses[0]) * torch.stack(list(losses))).sum()
+        found = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
+        if self._layers is None:
+            square = sum(float(g.double().square().sum()) for g in found if g is not None)
+            return abs(square - float(w @ self.gramian @ w)) <= AGREEMENT * len(w) ** 2
+        engine = {id(p): g for p, g in zip(parameters, found, strict=True) if g is not None}
+        with torch.no_grad():
+            return all(
+                float((layer.combination(w) - g).norm()) <= AGREEMENT * (float(g.norm()) + 0.1 * len(w))
+                for layer in self._layers
+                if (g := engine.get(id(layer.parameter))) is not None
+            )
 
 
 def _popped(layers: list[Layer]) -> Callable[[], Layer | None]:

@@ -47,7 +47,7 @@ def exact(balancer: Balancer, step: Step, shared: Shared) -> Observation:
         weights = balancer.reuse()
         if weights is not None:
             return _weighted(*reused(weights, step, "exact"), step, groups[0].parameters, own)
-        if isinstance(balancer, GramianWeighting) and step.processes is None and _streams(step, groups[0]):
+        if isinstance(balancer, GramianWeighting) and step.processes is None and _streams(balancer, step, groups[0]):
             try:
                 return _streamed(balancer, step, groups[0].parameters, own)
             except UnsupportedGraphError as error:
@@ -63,9 +63,15 @@ def _plain(step: Step, own: list[list[Tensor]]) -> Observation:
     return Observation(tuple(step.names), step.values, torch.ones_like(step.values), None, "exact", step.skipped)
 
 
-def _streams(step: Step, group: Group) -> bool:
+def _streams(balancer: Balancer, step: Step, group: Group) -> bool:
+    if balancer.workspace.walks.get(_key(step, group.parameters)) is False:
+        return False
     n_bytes = len(step.names) * sum(p.numel() * p.element_size() for p in group.parameters)
     return n_bytes > STREAM_ABOVE or streaming_pays(step.scalars, group.parameters)
+
+
+def _key(step: Step, parameters: list[Tensor]) -> int:
+    return hash((len(step.names), *map(id, parameters)))
 
 
 def _streamed(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> Observation:
@@ -75,6 +81,12 @@ def _streamed(balancer: Balancer, step: Step, parameters: list[Tensor], own: lis
     finite = torch.isfinite(C.diagonal()).tolist()
     if not all(finite):  # which tasks to leave out, if any, is decided where all gradients are at hand
         return _by_jacobian(balancer, step, parameters, own)
+    trusted, key = balancer.workspace.walks, _key(step, parameters)
+    if key not in trusted:
+        trusted[key] = gradients.agrees_with_engine(step.scaled_losses, parameters)
+        if not trusted[key]:
+            logger.info("hooks change gradients on their way, which layer by layer are not seen: the Jacobian is held")
+            return _by_jacobian(balancer, step, parameters, own)
     w, seen = weigh_gramian(balancer, C, step, "exact")
     combined = gradients.combination(w)
     if combined is None:
