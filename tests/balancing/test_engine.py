@@ -332,6 +332,27 @@ def test_losses_taken_together_make_the_same_step(balancer, together):
         polytask.backward(losses_of(one), shared=one.trunk, balancer=balancer(), level="exact", together=0)
 
 
+def test_a_probe_decides_once_and_is_remembered(monkeypatch):
+    from polytask.autograd import probing
+
+    asked = []
+    monkeypatch.setattr(probing, "_seconds", lambda *a: asked.append(a[-1]) or {1: 3.0, 2: 1.0, 3: 2.0}[a[-1]])
+    m, balancer = model(deep_heads=True), make("mgda")
+    for _ in range(2):
+        polytask.backward(losses_of(m), shared=m.trunk, balancer=balancer, level="exact", together="probe")
+        assert asked == [1, 1, 2, 2, 3, 3]
+    assert list(balancer.probed.values()) == [2]
+    again = make("mgda")
+    again.load_state_dict(balancer.state_dict())
+    polytask.backward(losses_of(m), shared=m.trunk, balancer=again, level="exact", together="probe")
+    assert asked == [1, 1, 2, 2, 3, 3]
+    reference = model(deep_heads=True)
+    for _ in range(3):
+        polytask.backward(losses_of(reference), shared=reference.trunk, balancer="mgda", level="exact")
+    for p, q in zip(m.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("limit", [None, 1e-3])
 def test_hooks_on_tensors_of_a_wide_network_count_at_exact_level(limit):
     """Layer by layer the graph is walked without the engine, which alone calls hooks."""

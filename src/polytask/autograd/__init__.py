@@ -8,6 +8,7 @@ from polytask.autograd.jacobian import jacobian
 from polytask.autograd.layerwise import LayerwiseGradients, layerwise_gradients, layerwise_gramian
 from polytask.autograd.named_losses import Losses, named_losses
 from polytask.autograd.partition import Group, Parameters, Shared, partition
+from polytask.autograd.probing import probe, shape_key
 from polytask.autograd.processes import DisjointGradients, Processes, SlicedGradients
 from polytask.autograd.task_gradients import DenseGradients, LinearGradients, TaskGradients
 from polytask.autograd.workspace import Workspace
@@ -37,4 +38,6 @@ __all__ = [
     "leaves",
     "named_losses",
     "partition",
+    "probe",
+    "shape_key",
 ]

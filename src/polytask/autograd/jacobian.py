@@ -34,8 +34,8 @@ def jacobian(
         padding: columns of zeros after the last.
         together: how many losses go through one batched backward pass. 1, a pass a loss, is at least as fast on CPUs for
             perceptrons, convolutions and transformers (batched passes took 1.0 to 2.1 times as long); larger ones are for devices that
-            a single pass leaves idle. What cannot be batched (custom functions, compiled parts) falls back to a pass a loss, and the
-            log says so.
+            a single pass leaves idle: :func:`~polytask.autograd.probe` tells. What cannot be batched (custom functions, compiled parts)
+            falls back to a pass a loss, and the log says so.
 
     Returns:
         J, shape (K, P + padding), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.

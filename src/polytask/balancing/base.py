@@ -78,6 +78,7 @@ class Balancer(ABC):
         state: everything that must survive a restart: tensors, arrays, numbers, by name.
         observation: what the last step saw.
         workspace: memory for the task gradients, kept between steps.
+        probed: how many losses a backward pass takes, by the model's shape, where that was measured.
         branches: balancers like this one for further groups of shared parameters; see :meth:`branch`.
         roles: of the independent batches it looks at in a step: ``train`` ones, of which the last is followed, and ``validation`` ones,
             whose gradients never reach the parameters. Where these are more than one, see :func:`polytask.backward_batches`.
@@ -109,6 +110,7 @@ class Balancer(ABC):
         self.state: dict[str, Any] = {}
         self.kept: dict[str, Any] = {"weights": None, "steps_left": 0}
         self.branches: dict[str, Balancer] = {}
+        self.probed: dict[str, int] = {}
         self.agreed_in: Any = None
         self.observation: Observation | None = None
         self.workspace = Workspace()
@@ -193,6 +195,7 @@ class Balancer(ABC):
         new = copy.copy(self)
         new.tasks, new.state, new.branches, new.observation = None, {}, {}, None
         new.kept, new.workspace, new.rng = {"weights": None, "steps_left": 0}, Workspace(), np.random.default_rng()
+        new.probed = {}
         return new
 
     def begin_epoch(self) -> None:  # noqa: B027
@@ -231,6 +234,7 @@ class Balancer(ABC):
             "rng": copy.deepcopy(self.rng.bit_generator.state),
             "state": copy.deepcopy(self.state),
             "kept": copy.deepcopy(self.kept),
+            "probed": dict(self.probed),
             "branches": {key: b.state_dict() for key, b in self.branches.items()},
         }
 
@@ -240,6 +244,7 @@ class Balancer(ABC):
         self.rng.bit_generator.state = copy.deepcopy(state["rng"])
         self.state = copy.deepcopy(dict(state["state"]))
         self.kept = copy.deepcopy(dict(state["kept"]))
+        self.probed = dict(state.get("probed", {}))
         self.seed = state["seed"]
         self.branches = {key: self._copy() for key in state["branches"]}
         for key, branch in self.branches.items():

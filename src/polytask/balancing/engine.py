@@ -45,7 +45,7 @@ def backward(
     on_nonfinite: OnNonfinite = "raise",
     counts: Counts = None,
     group: Any = "world",
-    together: int = 1,
+    together: int | Literal["auto", "probe"] = "auto",
 ) -> Observation:
     r"""Fill ``.grad`` of shared and task parameters with what the balancer makes of the losses.
 
@@ -79,8 +79,9 @@ def backward(
         counts: {task: labelled examples that its loss is the mean of}, by which the losses of several processes are averaged; equal when
             omitted. Every process gives the loss of every task: where it has no label, its outputs' sum times zero and a count of 0.
         group: the processes that share the batch: ``world``, a ``ProcessGroup``, or None for this process alone.
-        together: at exact level, how many losses one batched backward pass takes. The number is the caller's and not timed, so that
-            a restarted run takes the same steps; see :func:`polytask.autograd.jacobian` for when more than 1 pays.
+        together: at exact level, how many losses one batched backward pass takes: a number; ``probe`` measures 1, 2, 4, 8 and all in the
+            first step of a model's shape and keeps the fastest, which the balancer's ``state_dict`` remembers, so that a restarted run
+            takes the same steps; ``auto`` probes on accelerators and takes 1 on CPUs, where batched passes did not win.
 
     Returns:
         What the step saw: losses, weights, Gramian. The same as ``balancer.observation``.
@@ -103,8 +104,8 @@ def backward(
         raise InputError(
             f"{balancer.method.name} looks at the model more than once a step: call polytask.backward_batches(evaluate, batches, ...)"
         )
-    if not (isinstance(together, int) and together >= 1):
-        raise InputError(f"a backward pass takes 1, 2, 3 ... losses, not together={together!r}")
+    if together not in ("auto", "probe") and not (isinstance(together, int) and together >= 1):
+        raise InputError(f"a backward pass takes 1, 2, 3 ... losses, 'probe' or 'auto', not together={together!r}")
     step = begin(balancer, losses, counts, on_nonfinite, Processes.of(group))
     step.together = together
     if not step.names:

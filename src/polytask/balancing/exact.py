@@ -21,6 +21,8 @@ from polytask.autograd import (
     layerwise_gradients,
     leaves,
     partition,
+    probe,
+    shape_key,
 )
 from polytask.autograd.layerwise import UnsupportedGraphError, streaming_pays
 from polytask.balancing.base import Balancer, GramianWeighting
@@ -119,8 +121,9 @@ def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: 
     P = sum(p.numel() for p in parameters)
     processes = step.processes
     padding = processes.padded(P) - P if processes else 0
+    together = _together(balancer, step, parameters, own)
     rows, extra = jacobian(
-        step.scaled_losses, parameters, own, workspace=balancer.workspace, padding=padding, together=step.together
+        step.scaled_losses, parameters, own, workspace=balancer.workspace, padding=padding, together=together
     )
     gradients: TaskGradients = SlicedGradients(rows, P, processes) if processes else DenseGradients(rows)
     direction, seen = weigh(balancer, gradients, step, "exact")
@@ -131,10 +134,25 @@ def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: 
     return seen
 
 
+def _together(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> int:
+    """How many losses go through one backward pass."""
+    if isinstance(step.together, int):
+        return step.together
+    if len(step.names) == 1 or (step.together == "auto" and parameters[0].device.type == "cpu"):
+        return 1
+    key = shape_key(step.scalars, parameters)
+    if key not in balancer.probed:
+        found = torch.tensor(probe(step.scaled_losses, parameters, own, balancer.workspace))
+        balancer.probed[key] = int(step.processes.first(found) if step.processes is not None else found)
+        logger.info("%s: %d to a backward pass", key, balancer.probed[key])
+    return balancer.probed[key]
+
+
 def _by_groups(balancer: Balancer, step: Step, groups: list[Group], own: list[list[Tensor]]) -> Observation:
     """Each group of parameters in a direction of its own, from one Jacobian."""
     parameters = [p for g in groups for p in g.parameters]
-    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace, together=step.together)
+    together = _together(balancer, step, parameters, own)
+    rows, extra = jacobian(step.scaled_losses, parameters, own, workspace=balancer.workspace, together=together)
     wrong = (~torch.isfinite(rows)).any(1).int()
     if step.processes is not None:
         step.processes.sum_(wrong)

@@ -33,7 +33,7 @@ class Step:
         on_nonfinite: ``raise``, ``skip-task`` or ``skip-step``.
         skipped: tasks left out because their loss is not finite.
         processes: those that share the batch; None for one.
-        together: how many losses one backward pass of a Jacobian takes.
+        together: how many losses one backward pass of a Jacobian takes, or how that is found.
     """
 
     names: list[str]
@@ -45,7 +45,7 @@ class Step:
     on_nonfinite: OnNonfinite = "raise"
     skipped: tuple[str, ...] = ()
     processes: Processes | None = None
-    together: int = 1
+    together: int | Literal["auto", "probe"] = "auto"
 
     @property
     def total(self) -> Tensor:
