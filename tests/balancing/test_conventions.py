@@ -129,6 +129,48 @@ class TestRandomWeights:
             make("rlw", distribution="cauchy")
 
 
+class TestIdeals:
+    """Lower bounds of the losses, one for all tasks or one for each."""
+
+    L = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
+    Z = (0.2, 1.0, 3.5)
+
+    def test_famo_measures_from_each_tasks_lowest_loss(self):
+        b, plain = make("famo", lowest=self.Z), make("famo")
+        for step in range(5):
+            values = self.L * (1 - 0.01 * step)
+            distance = values - torch.tensor(self.Z, dtype=torch.float64)
+            assert torch.allclose(b.weights(values), plain.weights(distance))
+            for balancer, at in ((b, values * 0.99), (plain, values * 0.99 - torch.tensor(self.Z))):
+                # the second look may come in another order
+                balancer.after_step({name: at[int(name)] for name in ("2", "0", "1")})
+        assert b.state["xi"].tolist() == pytest.approx(plain.state["xi"].tolist(), rel=1e-5)
+        assert len(set(b.state["xi"].tolist())) == 3
+
+    def test_stch_measures_from_each_tasks_ideal(self):
+        mu, z = 0.3, torch.tensor(self.Z, dtype=torch.float64)
+        b = make("stch", warmup=None, mu=mu, ideal=self.Z)
+        b.bind(["a", "b", "c"])
+        total, w = b.combine(self.L)
+        assert float(total) == pytest.approx(3 * mu * float(torch.logsumexp((self.L - z) / mu, 0)))
+        assert torch.allclose(w, 3 * torch.softmax((self.L - z) / mu, 0))
+
+    def test_absent_tasks_take_their_ideals_along(self):
+        for name, options in (("famo", {"lowest": self.Z}), ("stch", {"warmup": None, "ideal": self.Z})):
+            b = make(name, **options)
+            b.bind(["a", "b", "c"])
+            b.bind(["c", "a"])
+            there = make(name, **{k: [v[2], v[0]] if isinstance(v, tuple) else v for k, v in options.items()})
+            assert torch.allclose(b.weights(self.L[[2, 0]]), there.weights(self.L[[2, 0]]))
+
+    @pytest.mark.parametrize(
+        ("name", "options"), [("famo", {"lowest": [0.1]}), ("stch", {"warmup": None, "ideal": [0.1]})]
+    )
+    def test_refuses_another_number_of_them(self, name, options):
+        with pytest.raises(InputError, match=r"1 .* for 3 tasks"):
+            make(name, **options).weights(self.L)
+
+
 class TestGradVacByGroup:
     """GradVac's cosines of the whole model, of layers or of matrices, as the caller groups the shared parameters."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.inner_adam import InnerAdam
 from polytask.balancing.rows import rows_of
+from polytask.errors import InputError
 from polytask.registry import register
 
 
@@ -38,7 +39,7 @@ class FAMO(LossWeighting):
     Args:
         lr: step size of :math:`\xi`.
         decay: weight decay of :math:`\xi`; the paper uses 0.001 to 0.02.
-        lowest: :math:`L^{\min}`, a lower bound of every loss.
+        lowest: :math:`L^{\min}`, lower bounds of the losses: one number or one a task, in the order bound.
         second_look: whether the training loop is to look at the losses of the same batch again. Without, steps cost what those
             of any loss weighting cost, and the next step's losses stand in.
 
@@ -52,7 +53,7 @@ class FAMO(LossWeighting):
         *,
         lr: float = 0.025,
         decay: float = 1e-3,
-        lowest: float = 0.0,
+        lowest: float | Sequence[float] = 0.0,
         second_look: bool = True,
         **base: Unpack[BaseOptions],
     ) -> None:
@@ -62,6 +63,8 @@ class FAMO(LossWeighting):
         self.adam = InnerAdam("xi", lr, decay)
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
+        if isinstance(self.lowest, Sequence) and len(self.lowest) != n_tasks:
+            raise InputError(f"famo has {len(self.lowest)} lowest losses for {n_tasks} tasks")
         # before: log D of the last step, waiting for its second look; NaN where there is none
         return {
             **self.adam.start(n_tasks, 0.0),
@@ -69,8 +72,11 @@ class FAMO(LossWeighting):
             "waiting": np.zeros(n_tasks, dtype=bool),
         }
 
-    def _log_distance(self, losses: Tensor) -> Tensor:
-        return (losses - self.lowest).clamp_min(torch.finfo(losses.dtype).tiny).log()
+    def _log_distance(self, losses: Tensor, active: npt.NDArray[np.intp]) -> Tensor:
+        lowest = (
+            losses.new_tensor([self.lowest[i] for i in active]) if isinstance(self.lowest, Sequence) else self.lowest
+        )
+        return (losses - lowest).clamp_min(torch.finfo(losses.dtype).tiny).log()
 
     def _learn(self, active: npt.NDArray[np.intp], after: Float[Tensor, " active"]) -> None:
         waiting = self.state["waiting"]
@@ -86,10 +92,11 @@ class FAMO(LossWeighting):
     def look_again(self, losses: Mapping[str, Tensor]) -> None:
         assert self.tasks is not None
         values = torch.stack([loss.detach().reshape(()) for loss in losses.values()])
-        self._learn(np.array([self.tasks.index(n) for n in losses], dtype=np.intp), self._log_distance(values))
+        active = np.array([self.tasks.index(n) for n in losses], dtype=np.intp)
+        self._learn(active, self._log_distance(values, active))
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        log_d = self._log_distance(losses)
+        log_d = self._log_distance(losses, self.active)
         now = log_d.detach()
         self._learn(self.active, now)
         rows = rows_of(self.active, len(self.state["waiting"]), losses.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from polytask.balancing.base import BaseOptions, LossWeighting
 from polytask.balancing.epoch_mean import EpochMean
+from polytask.balancing.ideal import ideal_point
 from polytask.balancing.rows import rows_of
 from polytask.errors import InputError
 from polytask.registry import register
@@ -26,29 +28,37 @@ from polytask.registry import register
 class STCH(LossWeighting):
     r"""Minimise a smooth maximum of the losses, each measured by where it stood early in training.
 
-    .. math:: L = K \mu \log \sum_i \exp\frac{p_i f_i}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
+    .. math:: L = K \mu \log \sum_i \exp\frac{p_i (f_i - z_i)}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
 
     :math:`\bar L` (the nadir) is the mean loss of the epoch of index ``warmup``; up to its end
     :math:`\sum_i p_i \log L_i` is minimised. Epochs are counted by ``begin_epoch()``. With ``warmup=None`` the losses
     themselves are compared, :math:`f_i = L_i`, from the first step on. As :math:`\mu \to 0` this becomes K times the
-    largest :math:`p_i f_i`.
+    largest :math:`p_i (f_i - z_i)`.
 
     Args:
         mu: smoothness, in units of f; small values approach the maximum.
         warmup: epoch whose mean losses become the nadir, or None for no normalisation.
+        ideal: z, the lowest f thought possible: one number or one a task; 0 by default.
 
     Cost: a few operations on K numbers.
     """
 
     takes_logarithms = True
 
-    def __init__(self, *, mu: float = 1.0, warmup: int | None = 4, **base: Unpack[BaseOptions]) -> None:
+    def __init__(
+        self,
+        *,
+        mu: float = 1.0,
+        warmup: int | None = 4,
+        ideal: float | Sequence[float] = 0.0,
+        **base: Unpack[BaseOptions],
+    ) -> None:
         super().__init__(**base)
         if warmup is None and self.log_losses:
             raise InputError("stch with warmup=None compares the losses as they are: it has no log_losses")
         if not mu > 0:
             raise InputError(f"the smoothness mu of stch is positive, not {mu}")
-        self.mu, self.warmup = mu, warmup
+        self.mu, self.warmup, self.ideal = mu, warmup, ideal
         self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
@@ -71,6 +81,7 @@ class STCH(LossWeighting):
             nadir = self.state["nadir"].to(losses)[rows]
             # a task that the nadir epoch lacked is measured by its present loss
             f = torch.log(positive / torch.where(torch.isnan(nadir), positive.detach(), nadir))
+        f = f - ideal_point(self, self.ideal, losses)
         total = len(losses) * self.mu * torch.logsumexp(p * f / self.mu, 0)
         slope = 1.0 if self.warmup is None else 1.0 / positive.detach()
         return total, len(losses) * torch.softmax(p * f.detach() / self.mu, 0) * p * slope
