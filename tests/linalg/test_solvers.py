@@ -6,6 +6,7 @@ import logging
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,10 +21,12 @@ from polytask.linalg import (
     fair_weights,
     min_norm_point,
     nonnegative_qp,
+    opposed,
     project_dual_cone,
     project_simplex,
     simplex_qp,
 )
+from polytask.linalg.complementarity import _follow
 
 
 def vectors(seed: int, decades: float = 0.0, low_rank: bool = False, common: float = 0.3) -> np.ndarray:
@@ -357,3 +360,60 @@ class TestPrecision:
             for solve in (min_norm_point, lambda C, p: fair_weights(C, np.ones(len(C)), 1.0, p)):
                 w, e = solve(C, SINGLE), solve(C, DOUBLE)
                 assert w @ G == pytest.approx(e @ G, rel=1e-3, abs=1e-4 * float(np.abs(e) @ np.linalg.norm(G, axis=1)))
+
+
+class TestOpposed:
+    """Gordan: either some d has positive products with all vectors, or a non-negative combination of them is 0."""
+
+    @pytest.mark.parametrize("decades", [0.0, 12.0])
+    @pytest.mark.parametrize("precision", [DOUBLE, SINGLE])
+    def test_weights_prove_that_no_direction_is_left(self, decades, precision):
+        for seed in range(20):
+            rng = np.random.default_rng(seed)
+            K = int(rng.integers(12, 100))
+            G = rng.standard_normal((K, K // 4)) * 10 ** rng.uniform(-decades / 2, decades / 2, (K, 1))
+            w = opposed(G @ G.T, precision)
+            assert w is not None
+            assert w.min() >= 0
+            assert w.sum() == pytest.approx(1)
+            n = np.linalg.norm(G, axis=1)
+            assert np.linalg.norm(w @ G) <= 1e-5 * (w @ n)
+            assert np.linalg.matrix_rank(G[w > 0] / n[w > 0, None]) == K // 4
+
+    def test_none_where_a_direction_is_left(self):
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            G = rng.standard_normal((30, 10))
+            assert opposed(np.abs(G) @ np.abs(G).T) is None
+            H = rng.standard_normal((9, 9))
+            assert opposed(H @ H.T) is None
+            # 0 lies in the hull, but what the last one asks for opposes nobody
+            apart = scipy.linalg.block_diag(G, [[1.0]])
+            assert opposed(apart @ apart.T) is None
+
+
+class TestThinCones:
+    """Twice as many gradients as dimensions nearly oppose one another: free sets are found late, and as exactly."""
+
+    @pytest.mark.parametrize(("K", "dimensions"), [(40, 21), (60, 32), (100, 53), (100, 60), (100, 75)])
+    def test_agrees_with_nnls(self, K, dimensions):
+        for seed in range(2):
+            G = np.random.default_rng(seed).standard_normal((K, dimensions))
+            n = np.linalg.norm(G, axis=1)
+            V = project_dual_cone(G @ G.T, np.eye(K))
+            for i in range(0, K, 9):
+                z, _ = scipy.optimize.nnls((G / n[:, None]).T, -G[i] / n[i], maxiter=10_000)
+                expected = G[i] / n[i] + z @ (G / n[:, None])
+                assert V[i] @ G / n[i] == pytest.approx(expected, abs=1e-6)
+
+    def test_one_row_is_followed_to_its_end_from_any_guess(self):
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            G = rng.standard_normal((50, 27))
+            M = definite(correlation(G @ G.T)[0])
+            q, guess = rng.standard_normal(50), rng.random(50) < 0.3
+            z = _follow(M, q, guess)
+            slack, size = M @ z + q, np.abs(q).max() + z.max()
+            assert z.min() >= -1e-9 * size
+            assert slack.min() >= -1e-9 * size
+            assert np.abs(z * slack).max() <= 1e-8 * size**2

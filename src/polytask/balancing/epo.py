@@ -10,13 +10,11 @@ import numpy as np
 from polytask.balancing.base import BaseOptions, GramianWeighting, Matrix, Vector
 from polytask.balancing.ray import losses_for_ray
 from polytask.errors import InputError
-from polytask.linalg import correlation, definite, linear_program, min_norm_point, ridge
+from polytask.linalg import correlation, linear_program, opposed
 from polytask.registry import register
 
 logger = logging.getLogger(__name__)
 
-STATIONARY = 1e-12  # squared length of the shortest vector in the hull of unit gradients
-DEPENDENT = 1e-6  # squared distance of a unit gradient from what others span
 BALANCED = 1e-6  # below which the losses' rounding decides where the ray lies
 
 
@@ -69,28 +67,12 @@ class EPO(GramianWeighting):
                 least = np.where(l_hat == l_hat.max(), 0.0, np.where(Ca > 0, -np.inf, Ca))
             w = _best(C, Ca, least)
         else:
-            w = _forced(C, self.precision)
-            w = _best(C, C.sum(0), np.zeros(k), Ca / r.max()) if w is None else w
+            w = opposed(C, self.precision)
+            if w is not None:
+                logger.info("the gradients leave no direction that raises no loss: epo takes weights of a sum of 0")
+                return w
+            w = _best(C, C.sum(0), np.zeros(k), Ca / r.max())
         return p / p.sum() if w is None else w
-
-
-def _forced(C: Matrix, precision: float) -> Vector | None:
-    """The w of the simplex with Cw = 0, where w' Cv = 0 leaves no direction Cv >= 0 but 0: the opposed gradients span all others."""
-    R, n = correlation(C)
-    try:
-        if np.linalg.cholesky(R).diagonal().min() ** 2 > DEPENDENT:
-            return None
-    except np.linalg.LinAlgError:
-        pass
-    u = min_norm_point(R, precision)
-    if u @ R @ u > max(STATIONARY, ridge(len(C), precision)):
-        return None
-    opposed = u > 0
-    M, across = definite(R[np.ix_(opposed, opposed)], precision), R[np.ix_(opposed, ~opposed)]
-    if (1 - np.einsum("ij,ij->j", across, np.linalg.solve(M, across)) > DEPENDENT).any():
-        return None
-    logger.info("no direction lowers a loss and raises none: epo takes the weights of the shortest vector, 0")
-    return np.asarray(u / n / (u / n).sum())
 
 
 def _best(C: Matrix, gain: Vector, least: Vector, balance: Vector | None = None) -> Vector | None:

@@ -7,6 +7,7 @@ from polytask.linalg.fair import fair_weights
 from polytask.linalg.linear_program import linear_program
 from polytask.linalg.scaling import DOUBLE, SINGLE, correlation, definite, ridge
 from polytask.linalg.simplex import min_norm_point, project_simplex, simplex_qp
+from polytask.linalg.stationary import opposed
 
 __all__ = [
     "DOUBLE",
@@ -18,6 +19,7 @@ __all__ = [
     "linear_program",
     "min_norm_point",
     "nonnegative_qp",
+    "opposed",
     "project_dual_cone",
     "project_simplex",
     "ridge",

@@ -6,16 +6,21 @@ import numpy as np
 import numpy.typing as npt
 
 from polytask.linalg.scaling import Matrix, Vector
-from polytask.linalg.shared_matrix import look_free, solve_together
+from polytask.linalg.shared_matrix import refine, settle
 
 Mask = npt.NDArray[np.bool_]
 
 RELATIVE_TOLERANCE = 1e-12
 FEW = 20  # coordinates up to which an elimination costs less than a good first guess
-MANY = 60  # rows from which products with all of them at once cost less than eliminations
+MANY = 60  # rows from which products with all of them at once cost less than eliminations,
+SMALL = 28  # unless so few coordinates are free
 PIVOT_ROUNDS = 60
 PATIENCE = 3  # exchanges of many coordinates without progress
 STACKED = 25  # systems solved in one call
+MOST_TURNS = 5  # for each coordinate
+LOOSE = 1e-10
+GOLDEN = (5**0.5 - 1) / 2
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
@@ -41,19 +46,21 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
         return _pivot(M, Q, free.copy())
     if len(Q) == 1 or Q.shape[1] <= FEW:
         return _pivot(M, Q, Q < 0)
-    if len(Q) < MANY:
-        return _pivot(M, Q, look_free(M, Q))
-    Z, open_ = solve_together(M, Q)
+    Z, free = settle(M, Q)
+    if len(Q) < MANY or free.sum(1).max() <= SMALL:
+        return _pivot(M, Q, free)
+    Z, free, open_ = refine(M, Q, Z, free)
     if open_.any():
-        Z[open_] = _pivot(M, Q[open_], look_free(M, Q[open_]))
+        Z[open_] = _pivot(M, Q[open_], free[open_])
     return Z
 
 
 def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
-    """Exchange all coordinates of the wrong sign; one at a time in rows where that has not made them fewer for a while."""
-    Z, todo = np.zeros_like(Q), np.arange(len(Q))
+    """Exchange all coordinates of the wrong sign; where that has not made them fewer for a while, one at a time."""
+    n = Q.shape[1]
+    Z, todo, resisting = np.zeros_like(Q), np.arange(len(Q)), []
     size = np.abs(Q).max(1)
-    fewest, patience = np.full(len(Q), Q.shape[1] + 1), np.full(len(Q), PATIENCE)
+    fewest, patience = np.full(len(Q), n + 1), np.full(len(Q), PATIENCE)
     for _ in range(PIVOT_ROUNDS):
         F = free[todo]
         Z[todo] = z = _solve_free(M, Q[todo], F)
@@ -62,17 +69,54 @@ def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
         wrong = np.where(F, z < -tolerance, slack < -tolerance)
         count = wrong.sum(1)
         todo, wrong, count = todo[count > 0], wrong[count > 0], count[count > 0]
-        if not len(todo):
-            break
         fewer = count < fewest[todo]
         fewest[todo] = np.minimum(fewest[todo], count)
         patience[todo] = np.where(fewer, PATIENCE, patience[todo] - 1)
+        if n > FEW:
+            resisting.extend(todo[patience[todo] < 0])
+            todo, wrong = todo[patience[todo] >= 0], wrong[patience[todo] >= 0]
+        if not len(todo):
+            break
         last = np.zeros_like(wrong)
-        last[np.arange(len(todo)), wrong.shape[1] - 1 - wrong[:, ::-1].argmax(1)] = True
+        last[np.arange(len(todo)), n - 1 - wrong[:, ::-1].argmax(1)] = True
         free[todo] ^= np.where((patience[todo] >= 0)[:, None], wrong, last)
-    for row in todo:
-        Z[row] = _lawson_hanson(M, Q[row])
+    for row in [*resisting, *todo]:
+        Z[row] = _follow(M, Q[row], free[row])
     return np.maximum(Z, 0.0)
+
+
+def _follow(M: Matrix, q: Vector, free: Mask) -> Vector:
+    """One row: from a q for which a guess of the free set is right along a line to the given one, a coordinate at a time."""
+    n = len(q)
+    F, N = np.flatnonzero(free), np.flatnonzero(~free)
+    order = np.concatenate([F, N])
+    k = len(F)
+    # u = T [v, q, h]: u holds z on the free set and the slack elsewhere, v the others
+    T = np.empty((n, n + 2))
+    right = np.column_stack([np.eye(k), -M[np.ix_(F, N)], -q[F]])
+    T[:k, :-1] = np.linalg.solve(M[np.ix_(F, F)], right)
+    across = M[np.ix_(N, F)]
+    T[k:, :k] = across @ T[:k, :k]
+    T[k:, k:-2] = M[np.ix_(N, N)] + across @ T[:k, k:-2]
+    T[k:, -2] = q[N] + across @ T[:k, -2]
+    T[:, -1] = np.abs(T[:, -2]).max() * (1 + np.arange(n) * GOLDEN % 1)  # all different: no two coordinates at once
+    u, h, change, inside = T[:, -2], T[:, -1], np.empty_like(T), np.arange(n) < k
+    for _ in range(MOST_TURNS * n):
+        blocking = np.where(h > 0, -u, -np.inf) / np.maximum(h, TINY)
+        i = int(blocking.argmax())
+        if blocking[i] <= 0 or not T[i, i] > 0:
+            break
+        along, down = T[i] / -T[i, i], T[:, i].copy()
+        along[i] = 1 / T[i, i]
+        T[:, i] = 0.0
+        T += np.multiply(down[:, None], along, out=change)
+        T[i] = along
+        inside[i] = not inside[i]
+    F = np.zeros(n, dtype=bool)
+    F[order[inside]] = True
+    z = _solve_free(M, q[None], F[None])[0]
+    tolerance = LOOSE * max(float(np.abs(q).max()), float(np.abs(z).max()))
+    return z if np.where(F, z, M @ z + q).min() >= -tolerance else _lawson_hanson(M, q)
 
 
 def _lawson_hanson(M: Matrix, q: Vector) -> Vector:
