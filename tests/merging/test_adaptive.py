@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,14 +80,22 @@ def test_the_model_is_left_alone_and_nothing_is_left_to_chance(
 ) -> None:
     model, base, experts = world
     before = {n: v.clone() for n, v in model.state_dict().items()}
-    first, second = (adapt(model, base, experts, inputs(), method.name, **QUICK.get(method.name, {})) for _ in range(2))
+    first, second = (
+        adapt(model, base, experts, inputs(), method.name, check=False, **QUICK.get(method.name, {})) for _ in range(2)
+    )
     assert all(torch.equal(first[n], second[n]) for n in base)
     assert all(torch.equal(v, before[n]) for n, v in model.state_dict().items())
     assert model.training
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "options"), [("regmean_pp", {}), ("frank_wolfe", {"labels": True, "steps": 100})])
+WALK = {"labels": True, "start": 0.0, "stride": 1.0}
+"""Frank and Wolfe's own step from the base on, as far as labels lead."""
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("regmean_pp", {}), ("frank_wolfe", {**WALK, "wise": "layer", "steps": 100})]
+)
 def test_what_knows_layers_or_labels_does_better_than_the_mean(
     name: str, options: dict[str, object], world: tuple[nn.Sequential, State, dict[str, State]]
 ) -> None:
@@ -119,7 +129,7 @@ def test_adamerging_lowers_the_entropy_within_its_span(
 
     start = adapt(model, base, experts, inputs(), wise=wise, steps=0)
     assert distance(start, merge(base, experts, "task_arithmetic", scale=0.3)) < 1e-6
-    found = adapt(model, base, experts, inputs(), wise=wise, steps=60, learning_rate=0.02)
+    found = adapt(model, base, experts, inputs(), wise=wise, steps=60, learning_rate=0.02, check=False)
     assert uncertainty(model, found) < uncertainty(model, start)
     learned = []
     for n in base:
@@ -136,35 +146,74 @@ def test_adamerging_lowers_the_entropy_within_its_span(
 
 def test_adarank_with_every_direction_on_is_a_sum(world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
     model, base, experts = world
-    weights = [n for n in base if n.endswith("weight")]
     full = adapt(model, base, experts, inputs(), "adarank", rank=1.0, centred=False, scale=0.4, steps=0)
-    added = merge(base, experts, "task_arithmetic", scale=0.4)
-    assert distance({n: full[n] for n in weights}, {n: added[n] for n in weights}) < 1e-5
-    start, found = (adapt(model, base, experts, inputs(), "adarank", steps=k) for k in (0, 30))
+    assert distance(full, merge(base, experts, "task_arithmetic", scale=0.4)) < 1e-5
+    start, found = (adapt(model, base, experts, inputs(), "adarank", steps=k, check=False) for k in (0, 30))
     assert uncertainty(model, found) < uncertainty(model, start)
     # departures from the mean sum to nothing
     centred = adapt(model, base, experts, inputs(), "adarank", rank=1.0, steps=0)
     assert distance(centred, merge(base, experts, "average")) < 1e-5
 
 
+def test_adarank_starts_as_cart_and_learns_what_is_kept_and_how_much(
+    world: tuple[nn.Sequential, State, dict[str, State]],
+) -> None:
+    model, base, experts = world
+    start = adapt(model, base, experts, inputs(), "adarank", rank=0.25, scale=0.7, steps=0, check=False)
+    assert distance(start, merge(base, experts, "cart", rank=0.25, departure=0.7)) < 1e-5
+    # before any direction's entry can cross zero, coefficients move: by at most the rate a step
+    few = adapt(
+        model, base, experts, inputs(), "adarank", rank=0.25, scale=0.7, steps=5, learning_rate=1e-2, check=False
+    )
+    for n in base:
+        departures = torch.stack([e[n] - base[n] for e in experts.values()])
+        departures = (departures - departures.mean(0)).flatten(1)
+        moved = float((few[n] - start[n]).norm())
+        assert 0 < moved <= 0.051 * float(departures.norm(dim=1).sum())
+    # at a rate that carries them across within a step, directions go on and off
+    far = adapt(model, base, experts, inputs(), "adarank", rank=0.25, steps=1, learning_rate=0.5, check=False)
+    assert distance(far, start) > distance(few, start)
+
+
 # --- Frank-Wolfe
+
+
+def coefficients(found: State, base: State, experts: dict[str, State]) -> Tensor:
+    """How much of each task vector a merged model holds; it must hold nothing else."""
+    D = torch.stack([torch.cat([(e[n] - base[n]).flatten() for n in base]) for e in experts.values()]).double()
+    moved = torch.cat([(found[n] - base[n]).flatten() for n in base]).double()
+    lam = torch.linalg.lstsq(D.T, moved).solution
+    assert torch.allclose(lam @ D, moved, atol=1e-4)
+    return lam
 
 
 def test_frank_wolfe_stays_between_the_models_and_passes_a_bad_one_by(
     world: tuple[nn.Sequential, State, dict[str, State]],
 ) -> None:
     model, base, experts = world
-    bad = {n: v + 3 * torch.randn_like(v) for n, v in base.items()}
+    everyone = {**experts, "bad": {n: v + 3 * torch.randn_like(v) for n, v in base.items()}}
     batches = {**inputs(labels=True), "bad": inputs(labels=True)["task 0"]}
-    found = adapt(model, base, {**experts, "bad": bad}, batches, "frank_wolfe", wise="model", labels=True, steps=20)
-    D = torch.stack([torch.cat([(e[n] - base[n]).flatten() for n in base]) for e in (*experts.values(), bad)]).double()
-    moved = torch.cat([(found[n] - base[n]).flatten() for n in base]).double()
-    lam = torch.linalg.lstsq(D.T, moved).solution
-    assert torch.allclose(lam @ D, moved, atol=1e-4)
+    found = adapt(model, base, everyone, batches, "frank_wolfe", check=False, **WALK, steps=20)
+    lam = coefficients(found, base, everyone)
     assert bool((lam > -1e-6).all())
     assert float(lam.sum()) < 1 + 1e-6
     assert abs(float(lam[-1])) < 1e-6
     assert float(lam[:-1].sum()) > 0.5
+
+
+def test_frank_wolfe_walks_from_task_arithmetic_as_far_as_its_strides_reach(
+    world: tuple[nn.Sequential, State, dict[str, State]],
+) -> None:
+    model, base, experts = world
+    start = adapt(model, base, experts, inputs(), "frank_wolfe", steps=0, start=0.2)
+    assert distance(start, merge(base, experts, "task_arithmetic", scale=0.2)) < 1e-6
+    # one step of the walk: one expert more than the others by the whole stride, all others less by its share
+    lam = coefficients(adapt(model, base, experts, inputs(), "frank_wolfe", steps=1, start=0.2), base, experts)
+    gamma = 0.03 * 2 / 3
+    chosen = int(lam.argmax())
+    expected = torch.full((3,), 0.2 * (1 - gamma), dtype=torch.float64)
+    expected[chosen] += gamma
+    assert torch.allclose(lam, expected, atol=1e-5)
 
 
 # --- RegMean++
@@ -190,6 +239,24 @@ def test_regmean_pp_gives_one_expert_back(world: tuple[nn.Sequential, State, dic
     only = {"task 1": experts["task 1"]}
     found = adapt(model, base, only, {"task 1": inputs()["task 1"]}, "regmean_pp", alpha=1.0)
     assert distance(found, only["task 1"]) < 1e-4
+
+
+# --- what leads away is said
+
+
+def test_a_result_further_from_the_experts_than_the_mean_is_warned_of(
+    world: tuple[nn.Sequential, State, dict[str, State]],
+) -> None:
+    model, base, experts = world
+    with pytest.warns(UserWarning, match=r"adarank led away from the experts: .* answers \d+% .*; keep that"):
+        spoilt = adapt(model, base, experts, inputs(), "adarank", scale=-3.0, rank=1.0, centred=False, steps=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kept = adapt(
+            model, base, experts, inputs(), "adarank", scale=-3.0, rank=1.0, centred=False, steps=0, check=False
+        )
+        adapt(model, base, experts, inputs(), "regmean_pp")
+    assert all(torch.equal(kept[n], spoilt[n]) for n in base)
 
 
 # --- heads, bad input

@@ -172,6 +172,24 @@ def test_systems_join(tmp_path: Path) -> None:
         candidate("emr", experts=T, options={"density": 0.1})
 
 
+def test_methods_that_learn_get_small_batches_and_labels_where_they_take_them(tmp_path: Path) -> None:
+    seen: dict[str, Any] = {}
+
+    def look(line: Lineage) -> Any:
+        seen.update(plain=line.batches(), labelled=line.batches(labels=True))
+        return line.base
+
+    asked = [Candidate("look", look), candidate("frank_wolfe", experts=T, options={"steps": 4, "stride": 0.5})]
+    found = by_name(compare(tasks(), lineage(), asked, folder=tmp_path, proxy_rows=24))
+    assert [len(x) for x in seen["plain"]["left"]] == [16, 8]
+    x, y = seen["labelled"]["middle"][0]
+    assert torch.equal(x, seen["plain"]["middle"][0])
+    assert torch.equal(y, (x[:, 2] > 0).long())
+    # it is given labels, and the better of two starts is chosen on validation rows
+    assert found["frank_wolfe"]["chosen"][0]["labels"] is True
+    assert [t["options"] for t in found["frank_wolfe"]["tried"][0]] == [{"start": 0.3}, {"start": 0.3333}]
+
+
 def test_what_is_finished_is_kept(tmp_path: Path) -> None:
     calls: list[str] = []
 

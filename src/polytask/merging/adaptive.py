@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from polytask.registry import Method
 
 
-WAY_OFF = 0.02
-"""How much less a result may agree with the experts than the base or their mean does before it is warned of."""
-
-
 @dataclass
 class Bench:
     """A model, its base and experts as tensors, and every task's inputs: what an adaptive method works with.
@@ -64,17 +60,15 @@ class Bench:
         return logits_of(functional_call(self.model, {**W, **self.apart[expert]}, tuple(args), named))
 
     @torch.no_grad()
-    def agreement(self, W: Mapping[str, Tensor]) -> float:
-        """Share of the inputs that a model with the shared tensors W answers as the task's expert does, mean over the tasks."""
-        shares = []
+    def agreement(self, W: Mapping[str, Tensor]) -> Float[Tensor, " inputs"]:
+        """Which inputs a model with the shared tensors W answers as their task's expert does: 1 or 0, the tasks' one after another."""
+        same = []
         for k, (expert, batches) in enumerate(self.batches.items()):
             own = {n: self.W0[n] + D[k] for n, D in self.D.items()}
-            same = []
             for batch in batches:
                 inputs = batch[0] if self.labelled else batch
                 same.append(self.logits(W, expert, inputs).argmax(-1) == self.logits(own, expert, inputs).argmax(-1))
-            shares.append(torch.cat([s.flatten() for s in same]).double().mean())
-        return float(torch.stack(shares).mean())
+        return torch.cat([s.flatten() for s in same]).double()
 
     def with_weights(self, W: Mapping[str, Tensor], expert: str) -> nn.Module:
         """The model itself, holding those weights, for what must be hooked."""
@@ -193,12 +187,13 @@ def adapt(
 
 def _warn_of_a_way_off(bench: Bench, merged: Mapping[str, Tensor], name: str) -> None:
     simple = {"the base": bench.W0, "the mean of the experts": {n: bench.W0[n] + D.mean(0) for n, D in bench.D.items()}}
-    found = bench.agreement(merged)
-    better, share = max(((label, bench.agreement(W)) for label, W in simple.items()), key=lambda x: x[1])
-    if share - found > WAY_OFF:
+    shares = {label: bench.agreement(W) for label, W in simple.items()}
+    found, better = bench.agreement(merged), max(shares, key=lambda label: float(shares[label].mean()))
+    lost = shares[better] - found
+    if lost.mean() > 2 * lost.std() / len(lost) ** 0.5:  # beyond what so few inputs do by chance
         warnings.warn(
-            f"{name} led away from the experts: the merged model answers {found:.0%} of the inputs as their task's expert does, "
-            f"{better} {share:.0%}; keep that, or a method that needs no inputs",
+            f"{name} led away from the experts: the merged model answers {float(found.mean()):.0%} of the inputs as their task's expert "
+            f"does, {better} {float(shares[better].mean()):.0%}; keep that, or a method that needs no inputs",
             stacklevel=3,
         )
 

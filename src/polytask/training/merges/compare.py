@@ -93,7 +93,7 @@ def compare(
         progress: told of every candidate that starts and finishes.
 
     Returns:
-        What stands in ``results.json``; see docs/merging.md.
+        What stands in ``results.json``; see docs/merge-compare.md.
 
     Raises:
         InputError: tasks and experts that do not fit, two candidates of one name.
@@ -150,6 +150,7 @@ def _ready(line: Lineage, tasks: Sequence[MergeTask], seed: int, proxy_rows: int
     line.proxies = {t.name: (t.proxy or t.validation).rows(slice(proxy_rows)).inputs for t in tasks} | dict(
         line.proxies
     )
+    line.labelled = {t.name: t.validation.rows(slice(proxy_rows)) for t in tasks} | dict(line.labelled)
     return line
 
 

@@ -58,7 +58,7 @@ def read_comparison(
     """Read a comparison's file and the data it names; weights are read when a seed's turn comes.
 
     Args:
-        file: YAML; see docs/merging.md.
+        file: YAML; see docs/merge-compare.md.
         methods: names that stand in for the file's.
         seeds: numbers that stand in for the file's.
 

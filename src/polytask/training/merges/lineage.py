@@ -29,6 +29,8 @@ GATHER: dict[str, Callable[[nn.Module, Any], dict[str, Tensor]]] = {
 """How the statistics are gathered that methods ask for, by what they call them."""
 
 BATCH = 256
+LEARNED_ON = 16
+"""Rows of a task in a step of the methods that learn, as in their papers."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Lineage:
         head: patterns of tensors that every expert keeps for itself, such as ``"classifier.*"``.
         seed: of all random draws, and the number of this lineage where there are several.
         proxies: {task: inputs that statistics are gathered on}; filled by :func:`~polytask.training.merges.compare`.
+        labelled: {task: as many validation rows}, for methods that learn from labels; filled as well.
     """
 
     base: State
@@ -67,6 +70,7 @@ class Lineage:
     head: tuple[str, ...] = ()
     seed: int = 0
     proxies: Mapping[str, Any] = field(default_factory=dict)
+    labelled: Mapping[str, TaskData] = field(default_factory=dict)
     gathered: dict[str, tuple[list[dict[str, Tensor]], float]] = field(default_factory=dict, repr=False)
 
     def model(self, task: str, outcome: Outcome) -> nn.Module:
@@ -92,6 +96,18 @@ class Lineage:
         found: Model = outcome[task]
         return found
 
+    def batches(self, labels: bool = False) -> dict[str, list[Any]]:
+        """What is learned on: {task: its proxy inputs, or pairs of validation inputs and labels, a few rows a batch}."""
+        if labels:
+            pairs = {t: [data.rows(s) for s in slices(len(data))] for t, data in self.labelled.items()}
+            return {t: [(b.inputs, b.targets[t]) for b in parts] for t, parts in pairs.items()}
+        found = {}
+        for t, inputs in self.proxies.items():
+            # positional arguments are one batch as they are
+            data = TaskData(inputs, {}) if isinstance(inputs, Tensor | Mapping) else None
+            found[t] = [inputs] if data is None else [data.rows(s).inputs for s in slices(len(data))]
+        return found
+
     def statistics(self, kind: str) -> list[dict[str, Tensor]]:
         """A statistic of every expert, gathered on its own proxy inputs once.
 
@@ -104,6 +120,11 @@ class Lineage:
             found = [GATHER[kind](model, [inputs]) for model, inputs in models]
             self.gathered[kind] = (found, time.perf_counter() - started)
         return self.gathered[kind][0]
+
+
+def slices(count: int) -> list[slice]:
+    """Rows cut into batches to learn on."""
+    return [slice(i, i + LEARNED_ON) for i in range(0, count, LEARNED_ON)]
 
 
 @torch.no_grad()

@@ -20,13 +20,17 @@ ROLES = {"adaptive": "method", "masking": "a mask for each task", "routing": "ro
 """What kind of model comes out, by the registry's family: only the first is one model of the base's size."""
 
 
-def system(method: Method, options: Mapping[str, Any], label: str = "") -> Candidate:
+def system(method: Method, options: Mapping[str, Any], label: str = "", *, experts: int = 0) -> Candidate:
     """A registered method of the families ``adaptive``, ``masking`` and ``routing`` as a candidate.
+
+    These methods fit themselves: only where they start from is searched by itself, at the papers' 0.3 of all task vectors and at their
+    mean. Those that can learn from labels are given as many validation rows as others have proxy inputs.
 
     Args:
         method: from the registry.
-        options: a list is searched on validation, anything else is fixed; nothing is searched by itself, as these methods fit themselves.
+        options: a list is searched on validation, anything else is fixed.
         label: for people.
+        experts: T, 0 to search no start.
 
     Raises:
         InputError: an option that the method has not.
@@ -36,6 +40,10 @@ def system(method: Method, options: Mapping[str, Any], label: str = "") -> Candi
         raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
     fixed = {n: v for n, v in options.items() if n not in axes}
+    if "start" in method.options and "start" not in options and experts:
+        axes["start"] = tuple(dict.fromkeys((method.options["start"], round(1 / experts, 4))))
+    if "labels" in method.options:
+        fixed.setdefault("labels", True)
     run = {"adaptive": _adapted, "masking": _masked, "routing": _routed}[method.family]
     statistic = "gramian" if method.family == "routing" else None
     return Candidate(
@@ -61,7 +69,7 @@ def candidate(
         return merged(name, experts=experts, trials=trials, options=options, filters=filters)
     if filters:
         raise InputError(f"no filter can go before {found.name}")
-    return system(found, options or {})
+    return system(found, options or {}, experts=experts)
 
 
 def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], dict[str, str]]:
@@ -78,10 +86,16 @@ def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], d
 
 def _adapted(method: Method, lineage: Lineage, **options: Any) -> Outcome:
     first, state = next(iter(lineage.experts.items()))
-    model = lineage.build(first, state)
-    batches = {task: [inputs] for task, inputs in lineage.proxies.items()}
     return adapt(
-        model, lineage.base, lineage.experts, batches, method.name, skip=lineage.head, seed=lineage.seed, **options
+        lineage.build(first, state),
+        lineage.base,
+        lineage.experts,
+        lineage.batches(labels=bool(options.get("labels"))),
+        method.name,
+        skip=lineage.head,
+        seed=lineage.seed,
+        check=False,  # validation rows tell
+        **options,
     )
 
 
