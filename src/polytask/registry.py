@@ -141,6 +141,8 @@ def find(name: str, family: str | None = None) -> Method:
     Raises:
         InputError: no such method; the message suggests the nearest names.
     """
+    if not isinstance(name, str):
+        raise InputError(f"a method is given by its name, not by {name!r}")
     _discover()
     known = _spellings.get(spelling(name))
     if known is not None and family in (None, _methods[known].family):

@@ -29,7 +29,7 @@ def gramian(rows: Float[Tensor, "tasks coordinates"]) -> Float[Tensor, "tasks ta
     product = products(rows, rows)
     safe = torch.finfo(rows.dtype)
     diagonal = product.diagonal()
-    if not bool(((diagonal > safe.tiny / safe.eps**2) & torch.isfinite(diagonal)).all()):
+    if rows.shape[1] and not bool(((diagonal > safe.tiny / safe.eps**2) & torch.isfinite(diagonal)).all()):
         largest = rows.abs().amax(1, keepdim=True)
         largest = torch.where((largest > 0) & torch.isfinite(largest), largest, torch.ones_like(largest))
         unit = rows / largest

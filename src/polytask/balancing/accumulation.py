@@ -145,7 +145,7 @@ class Accumulation:
         rows = J if not balancer.log_losses else J * slopes.to(J)[:, None]
         C = gramian(rows) / s**2
         if isinstance(balancer, GradientAggregator):
-            return balancer.direction(rows / s, seen) * s, slopes, Observation(tuple(names), seen, None, C, "exact")
+            return balancer.direction_of(rows / s, seen) * s, slopes, Observation(tuple(names), seen, None, C, "exact")
         assert isinstance(balancer, GramianWeighting)
         found = balancer.weights_of(C.cpu().numpy(), seen.double().cpu().numpy(), precision_of(rows))
         w = torch.from_numpy(found).to(rows)

@@ -27,8 +27,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.autograd import Processes, Workspace, gramian
+from polytask.autograd import Processes, TaskGradients, Workspace, gramian
+from polytask.balancing.given import (
+    given_gramian,
+    given_jacobian,
+    given_losses,
+    refuse_negative,
+    refuse_nonfinite,
+    refuse_preference,
+)
 from polytask.balancing.observation import Observation
+from polytask.balancing.packing import packed, unpacked
 from polytask.errors import InputError
 from polytask.linalg import DOUBLE, SINGLE
 
@@ -50,23 +59,14 @@ class BaseOptions(TypedDict, total=False):
     seed: int
 
 
-def _positive(preference: Any) -> bool:
-    try:
-        values = np.asarray(
-            [*(preference.values() if isinstance(preference, Mapping) else preference)], dtype=np.float64
-        )
-    except (TypeError, ValueError):
-        return False
-    return values.ndim == 1 and len(values) > 0 and bool((np.isfinite(values) & (values > 0)).all())
-
-
 class Balancer(ABC):
     """A stateful rule that turns the losses of several tasks into one update.
 
     Args:
         preference: positive importance of each task, by position or by name; ones when omitted. Only its direction matters.
         log_losses: balance log L instead of L (all losses must be positive): a scale-free start for any method. Without effect on the
-            methods that take logarithms themselves.
+            methods that take logarithms themselves. Gradients given by hand are those of L, and their losses are needed; without losses
+            they count as those of log L.
         every: ask the method at every so many steps only and use its last weights between, as long as the same tasks are present: such
             a step costs what a plain one does. A method that returns no weights keeps the combination of gradients nearest to its
             direction. Without effect on methods that need the values of the losses only, whose weights cost nothing.
@@ -97,10 +97,12 @@ class Balancer(ABC):
     def __init__(
         self, *, preference: Preference = None, log_losses: bool = False, every: int = 1, seed: int = 0
     ) -> None:
-        if preference is not None and not _positive(preference):
-            raise InputError(f"a preference vector holds one positive number a task, not {preference!r}")
+        if preference is not None:
+            refuse_preference(preference)
         if not (isinstance(every, int) and every >= 1):
             raise InputError(f"weights are found anew at every 1, 2, 3 ... steps, not every={every!r}")
+        if not (isinstance(seed, int | np.integer) and seed >= 0):
+            raise InputError(f"a seed is a whole number from 0 on, not seed={seed!r}")
         self.preference = preference
         self.log_losses = log_losses
         self.every, self.seed = every, seed
@@ -126,18 +128,29 @@ class Balancer(ABC):
             InputError: a task that was not among the first ones, or a preference that does not fit.
         """
         if self.tasks is None:
-            if isinstance(self.preference, Mapping) and set(self.preference) != set(tasks):
-                raise InputError(f"the preference names {sorted(self.preference)}, the tasks are {sorted(tasks)}")
-            if isinstance(self.preference, Sequence) and len(self.preference) != len(tasks):
-                raise InputError(f"the preference has {len(self.preference)} numbers for {len(tasks)} tasks")
+            self._check_preference(tasks)
             self.tasks = tuple(tasks)
             self.state = self.initial_state(len(self.tasks))
         unknown = [t for t in tasks if t not in self.tasks]
         if unknown:
             raise InputError(
-                f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(unknown)} is not one of them"
+                f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(map(str, unknown))} is not one of them: "
+                "where the first batch lacks some tasks, call balancer.bind(all of them) before it"
             )
         self.active = np.array([self.tasks.index(t) for t in tasks], dtype=np.intp)
+
+    def _check_preference(self, tasks: Sequence[str]) -> None:
+        if self.preference is None:
+            return
+        if isinstance(self.preference, Mapping) and set(self.preference) != set(tasks):
+            raise InputError(f"the preference names {sorted(self.preference)}, the tasks are {sorted(tasks)}")
+        if len(self.preference) != len(tasks):
+            raise InputError(f"the preference has {len(self.preference)} numbers for {len(tasks)} tasks")
+
+    def _names(self) -> list[str]:
+        """The active tasks."""
+        assert self.tasks is not None
+        return [self.tasks[i] for i in self.active]
 
     def _bind_count(self, n: int) -> None:
         # direct calls give no names: all tasks are present, in order
@@ -220,30 +233,63 @@ class Balancer(ABC):
     def look_again(self, losses: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Learn from the losses of the same batch after the optimizer's step, shape () each, of all processes."""
 
+    @property
+    def logarithmic(self) -> bool:
+        """Whether what is balanced are logarithms of the losses."""
+        return self.log_losses and not self.takes_logarithms
+
+    def _balanced(self, losses: Any) -> tuple[Tensor | None, Tensor | None]:
+        """What is balanced of losses given by hand, and its derivatives by them where these are not 1; shape (tasks,) each."""
+        if losses is None:
+            return None, None
+        values = given_losses(losses, self._names())
+        if not self.logarithmic:
+            return values, None
+        refuse_negative(dict(zip(self._names(), values.tolist(), strict=True)))
+        L = values.clone().requires_grad_()
+        balanced = self.transform(L)
+        return balanced.detach(), torch.autograd.grad(balanced.sum(), L)[0]
+
     def transform(self, losses: Float[Tensor, "*tasks"]) -> Float[Tensor, "*tasks"]:
         """What is balanced, elementwise: L, or log L with ``log_losses``."""
-        if not self.log_losses or self.takes_logarithms:
+        if not self.logarithmic:
             return losses
         return torch.log(losses.clamp_min(torch.finfo(losses.dtype).tiny))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a restarted run needs: tasks, state, generator. Tensors, arrays, numbers and strings only."""
+        """Everything that a restarted run needs: tasks, state, generator. Tensors, numbers and strings only: any checkpoint holds them."""
         return {
             "tasks": list(self.tasks) if self.tasks is not None else None,
             "seed": self.seed,
             "rng": copy.deepcopy(self.rng.bit_generator.state),
-            "state": copy.deepcopy(self.state),
-            "kept": copy.deepcopy(self.kept),
+            "state": packed(self.state),
+            "kept": packed(self.kept),
             "probed": dict(self.probed),
             "branches": {key: b.state_dict() for key, b in self.branches.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
-        self.tasks = tuple(state["tasks"]) if state["tasks"] is not None else None
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            InputError: what is no balancer's state, another method's, or that of more or fewer tasks than there are preferences.
+        """
+        missing = [part for part in ("tasks", "seed", "rng", "state", "kept", "branches") if part not in state]
+        if missing:
+            raise InputError(f"this is no state of a balancer: it has no {missing[0]!r}")
+        tasks = tuple(state["tasks"]) if state["tasks"] is not None else None
+        if tasks is not None:
+            self._check_preference(tasks)
+            expected = set(self.initial_state(len(tasks)))
+            if set(state["state"]) != expected:
+                raise InputError(
+                    f"{self.method.name} keeps {', '.join(sorted(expected)) or 'nothing'}, and the state given holds "
+                    f"{', '.join(sorted(state['state'])) or 'nothing'}: it is another method's"
+                )
+        self.tasks, self.active = tasks, np.arange(len(tasks or ()))
         self.rng.bit_generator.state = copy.deepcopy(state["rng"])
-        self.state = copy.deepcopy(dict(state["state"]))
-        self.kept = copy.deepcopy(dict(state["kept"]))
+        self.state = unpacked(dict(state["state"]))
+        self.kept = unpacked(dict(state["kept"]))
         self.probed = dict(state.get("probed", {}))
         self.seed = state["seed"]
         self.branches = {key: self._copy() for key in state["branches"]}
@@ -259,6 +305,7 @@ class LossWeighting(Balancer):
     """A method that needs the values of the losses only; its weights act on the task heads too."""
 
     needs = "losses"
+    reads_values: ClassVar[bool] = True
 
     @abstractmethod
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Float[Tensor, ""], Float[Tensor, " tasks"]]:
@@ -267,7 +314,13 @@ class LossWeighting(Balancer):
     def weights(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
         """d(scalar)/d(loss) at these loss values, shape (tasks,); state moves on as in a step."""
         self._bind_count(len(losses))
-        return self.combine(losses.detach())[1]
+        return self._weights(losses)
+
+    def _weights(self, losses: Float[Tensor, " tasks"]) -> Float[Tensor, " tasks"]:
+        values, slopes = self._balanced(losses)
+        assert values is not None
+        w = self.combine(values)[1]
+        return w if slopes is None else w * slopes.to(w)
 
     def direction(
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
@@ -275,11 +328,16 @@ class LossWeighting(Balancer):
         """The update direction, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates), and the losses they belong to.
 
         Raises:
-            InputError: no losses.
+            InputError: no losses, for methods that read their values; or what does not fit.
         """
+        J = given_jacobian(jacobian)
+        self._bind_count(len(J))
         if losses is None:
-            raise InputError(f"{self.method.name} weighs losses by their values: give losses=")
-        return self.weights(losses).to(jacobian.dtype) @ jacobian
+            if self.reads_values:
+                raise InputError(f"{self.method.name} weighs losses by their values: give losses=")
+            losses = J.new_ones(len(J))
+        refuse_nonfinite(self._names(), torch.isfinite(J).all(1).tolist())
+        return self._weights(losses).to(J.dtype) @ J
 
 
 class GramianWeighting(Balancer):
@@ -318,14 +376,17 @@ class GramianWeighting(Balancer):
             Shape (tasks,), in the Gramian's dtype and device; 0 for a task whose gradient is exactly 0.
 
         Raises:
-            InputError: not square, not finite, or of another size than before.
+            InputError: not square, symmetric and finite, no inner products at all, or of another size than before.
         """
-        if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
-            raise InputError(f"a Gramian is square, not of shape {tuple(gramian.shape)}")
-        self._bind_count(len(gramian))
-        C = gramian.detach().double().cpu().numpy()
-        values = None if losses is None else losses.detach().double().cpu().numpy()
-        return torch.from_numpy(self.weights_of(C, values, precision or precision_of(gramian))).to(gramian)
+        given = given_gramian(gramian)
+        self._bind_count(len(given))
+        return self._weights(given.detach().double(), losses, precision or precision_of(given)).to(given)
+
+    def _weights(self, C: Tensor, losses: Float[Tensor, " tasks"] | None, precision: float) -> Tensor:
+        balanced, slopes = self._balanced(losses)
+        values = None if balanced is None else balanced.double().cpu().numpy()
+        s = np.ones(len(C)) if slopes is None else slopes.double().cpu().numpy()
+        return torch.from_numpy(s * self.weights_of(C.cpu().numpy() * np.outer(s, s), values, precision))
 
     def weights_of(
         self, C: Matrix, losses: Vector | None, precision: float = SINGLE, squares: Vector | None = None
@@ -339,9 +400,9 @@ class GramianWeighting(Balancer):
         if kept_weights is not None:
             return kept_weights
         if not np.isfinite(C).all():
-            bad = np.flatnonzero(~np.isfinite(C).all(axis=1))
-            names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad.tolist()
-            raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
+            # one such gradient spoils a row and a column: the diagonal tells whose it was
+            finite = np.isfinite(np.diag(C))
+            refuse_nonfinite(self._names(), [*map(bool, np.isfinite(C).all(axis=1) if finite.all() else finite)])
         squares = np.diag(C) if squares is None else squares
         nonzero = squares > 0
         w = np.zeros(len(C))
@@ -362,8 +423,9 @@ class GramianWeighting(Balancer):
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None = None
     ) -> Float[Tensor, " coordinates"]:
         """The update direction w @ J, shape (coordinates,), from per-task gradients J, shape (tasks, coordinates)."""
-        w = self.weights(gramian(jacobian), losses, precision_of(jacobian))
-        return w.to(jacobian.dtype) @ jacobian
+        J = given_jacobian(jacobian)
+        self._bind_count(len(J))
+        return self._weights(gramian(J), losses, precision_of(J)).to(J) @ J
 
 
 def precision_of(tensor: Tensor) -> float:
@@ -397,15 +459,18 @@ class GradientAggregator(Balancer):
         Raises:
             InputError: not a matrix, not finite, or of another number of tasks than before.
         """
-        if jacobian.ndim != 2:
-            raise InputError(f"a Jacobian has one row a task, not shape {tuple(jacobian.shape)}")
-        self._bind_count(len(jacobian))
-        finite = torch.isfinite(jacobian).all(1)
-        if not bool(finite.all()):
-            bad = torch.nonzero(~finite).flatten().tolist()
-            names = [self.tasks[self.active[i]] for i in bad] if self.tasks else bad
-            raise InputError(f"the gradients of {', '.join(map(str, names))} are not finite")
-        return self.direction_of(jacobian, losses)
+        J = given_jacobian(jacobian)
+        self._bind_count(len(J))
+        values, slopes = self._balanced(losses)
+        refuse_nonfinite(self._names(), torch.isfinite(J).all(1).tolist())
+        return self.direction_of(J if slopes is None else J * slopes.to(J)[:, None], values)
+
+    def direction_at(
+        self, gradients: TaskGradients, scale: float, losses: Float[Tensor, " tasks"] | None
+    ) -> Float[Tensor, " coordinates"]:
+        """:meth:`direction_of` gradients in the form in which they arrive: they, and the direction, are multiplied by the scale."""
+        rows = gradients.rows()
+        return self.direction_of(rows, losses) if scale == 1.0 else self.direction_of(rows / scale, losses) * scale
 
     def direction_of(
         self, jacobian: Float[Tensor, "tasks coordinates"], losses: Float[Tensor, " tasks"] | None

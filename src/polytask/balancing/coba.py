@@ -74,8 +74,8 @@ class CoBa(LookingBalancer):
         if len(at):
             values = torch.stack(list(found.values())).double().cpu().numpy()
             first = state["first"]
-            first[at] = np.where(np.isnan(first[at]), values, first[at])
-            ratio = values / first[at]
+            first[at] = np.where(np.isnan(first[at]) | (first[at] == 0), values, first[at])
+            ratio = np.divide(values, first[at], out=np.ones_like(values), where=first[at] != 0)
             record(state, at, ratio, state["steps"])
             record(state["largest"], np.zeros(1, dtype=np.intp), ratio.max(keepdims=True), state["steps"])
         K = len(self.active)

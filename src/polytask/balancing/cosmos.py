@@ -41,8 +41,8 @@ class COSMOS(LossWeighting):
         p = torch.as_tensor(self.p).to(losses)
         f = losses.detach()
         length = f.norm().clamp_min(torch.finfo(losses.dtype).tiny)
-        cosine = (p @ f) / (p.norm() * length)
-        w = p - self.lam * (p / (p.norm() * length) - cosine * f / length**2)
-        if len(losses) == 1:  # one loss has no angle: rounding aside, the derivative of the cosine is 0
-            w = p
+        cosine = (p @ (f / length)) / p.norm()
+        w = p - self.lam * (p / p.norm() - cosine * (f / length)) / length
+        # one loss has no angle, rounding aside, nor have losses of 0: the derivative of the cosine is none
+        w = p if len(losses) == 1 else torch.where(f.any(), w, p)
         return (w * (losses - f)).sum() + p @ f - self.lam * cosine, w

@@ -14,7 +14,7 @@ from polytask.registry import register
     paper="arXiv:2308.12029",
     needs="gramian",
     aliases=("dual_balancing",),
-    invariances=("permutation", "scale", "task_scale", "single"),
+    invariances=("permutation", "scale", "task_scale"),
 )
 class DBMTL(GramianWeighting):
     r"""Take logarithms of the losses, then scale all gradients to the length of the longest.

@@ -27,6 +27,8 @@ class Equal(LossWeighting):
     Cost: nothing beyond the sum. Source: Kurin et al., NeurIPS 2022 (arXiv:2201.04122) for why it is the bar to clear.
     """
 
+    reads_values = False
+
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
         if self.preference is None:
             return losses.sum(), losses.detach().new_ones(len(losses))

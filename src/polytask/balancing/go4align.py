@@ -13,6 +13,9 @@ from polytask.balancing.base import BaseOptions, LossWeighting, Vector
 from polytask.errors import InputError
 from polytask.registry import register
 
+# a loss of 0 counts as this: its reciprocal can be squared
+LEAST = 1e-100
+
 
 @register(
     "go4align",
@@ -48,7 +51,7 @@ class GO4Align(LossWeighting):
         return {"log_history": np.zeros(n_tasks)}
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        values = np.maximum(losses.detach().double().cpu().numpy(), np.finfo(np.float64).tiny)
+        values = np.maximum(losses.detach().double().cpu().numpy(), LEAST)
         history = self.state["log_history"]
         history[self.active] -= self.eta * values
         q = np.exp(history[self.active] - history[self.active].max())

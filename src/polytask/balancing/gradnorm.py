@@ -51,12 +51,14 @@ class GradNorm(GramianWeighting):
         if losses is None:
             raise InputError("gradnorm compares the losses with their first values: give losses=")
         first = self.state["first_loss"]
-        first[self.active] = np.where(np.isnan(first[self.active]), losses, first[self.active])
+        before = first[self.active]
+        before = first[self.active] = np.where(np.isnan(before) | (before == 0), losses, before)
         rows = torch.from_numpy(self.active)
         w = len(C) * torch.softmax(self.adam.read(self.state, rows, rows.device).double(), 0).numpy()
         n = np.sqrt(np.diag(C))
         # a loss of 0, or one that changed its sign, has the least ratio that a power can be taken of
-        pace = np.maximum(losses / first[self.active], np.finfo(np.float64).eps)
+        pace = np.divide(losses, before, out=np.ones_like(losses), where=before != 0)
+        pace = np.maximum(pace, np.finfo(np.float64).eps)
         target = (w * n).mean() * (pace / pace.mean()) ** self.alpha
         slope = n * np.sign(w * n - target)
         self.adam.step(self.state, rows, torch.from_numpy(w * (slope - (w @ slope) / len(C))))

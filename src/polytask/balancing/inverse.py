@@ -34,8 +34,8 @@ class Inverse(LossWeighting):
     its z pulls like one a thousandth of z below it.
 
     Args:
-        nadir: z, the worst losses accepted: one number or one a task, in the order bound; when omitted twice the first loss seen
-            of each task.
+        nadir: z, the worst losses accepted: one number or one a task, in the order bound; when omitted twice the first positive
+            loss seen of each task.
 
     Cost: a few operations on K numbers a step. Losses must be positive.
     """
@@ -55,9 +55,12 @@ class Inverse(LossWeighting):
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
         z = self.state["nadir"] = self.state["nadir"].to(losses.device)
         rows = rows_of(self.active, len(z), losses.device)
-        z[rows] = torch.where(torch.isnan(z[rows]), 2 * losses.detach().double(), z[rows])
-        nadir, p = z[rows].to(losses), torch.as_tensor(self.p).to(losses)
+        seen = losses.detach().double()
+        z[rows] = torch.where(torch.isnan(z[rows]) & (seen > 0), 2 * seen, z[rows])
+        # a loss that was never above 0 has no worst value yet, and nowhere to go
+        known = torch.isfinite(z[rows])
+        nadir, p = torch.where(known, z[rows], 1.0).to(losses), torch.as_tensor(self.p).to(losses)
         room = (1 - losses.detach() / nadir).clamp_min(CLOSEST)
-        w = p / (nadir * room)
+        w = torch.where(known, p / (nadir * room), 0.0)
         # the value is the sum of logarithms, its derivative w
         return (w * (losses - losses.detach())).sum() - (p * room.log()).sum(), w

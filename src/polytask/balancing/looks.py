@@ -15,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from polytask.autograd import Losses, Processes, Shared, gramian, jacobian, leaves, named_losses, partition
 from polytask.balancing.base import Balancer, Role
+from polytask.balancing.given import given_jacobian, given_losses, refuse_nonfinite
 from polytask.balancing.losses import Counts, begin
-from polytask.errors import InputError, TrainingError
+from polytask.errors import TrainingError
 
 Evaluate = Callable[[Any], Losses]
 CountsOf = Callable[[Any], Counts] | None
@@ -335,20 +336,22 @@ class LookingBalancer(Balancer):
         Raises:
             InputError: not a matrix, not finite, or of another number of tasks than before.
         """
-        if jacobian.ndim != 2:
-            raise InputError(f"a Jacobian has one row a task, not shape {tuple(jacobian.shape)}")
-        self._bind_count(len(jacobian))
-        assert self.tasks is not None
-        names = [self.tasks[i] for i in self.active]
-        bad = [n for n, ok in zip(names, torch.isfinite(jacobian).all(1).tolist(), strict=True) if not ok]
-        if bad:
-            raise InputError(f"the gradients of {', '.join(bad)} are not finite")
-        J = jacobian.detach().to(torch.promote_types(jacobian.dtype, torch.float32))
-        at = J.new_ones(len(J)) if losses is None else losses.detach().to(J)
+        given = given_jacobian(jacobian)
+        self._bind_count(len(given))
+        names = self._names()
+        refuse_nonfinite(names, torch.isfinite(given).all(1).tolist())
+        J = given.detach().to(torch.promote_types(given.dtype, torch.float32))
+        at = J.new_ones(len(J)) if losses is None else given_losses(losses, names).to(J)
         x = J.new_zeros(J.shape[1]).requires_grad_()
 
         def evaluate(_: None) -> dict[str, Tensor]:
             return dict(zip(names, (at + J @ x).unbind(), strict=True))
 
         evaluations = Evaluations(evaluate, [None] * len(self.roles), self.roles)
-        return self.take(Looks(self, evaluations, [x], transform=lambda loss: loss))[0].to(jacobian.dtype)
+        transform = None
+        if losses is None:  # nothing to take a logarithm of
+
+            def transform(loss: Tensor) -> Tensor:
+                return loss
+
+        return self.take(Looks(self, evaluations, [x], transform=transform))[0].to(given.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from polytask.autograd import Losses, Processes, named_losses
 from polytask.balancing.base import Balancer
+from polytask.balancing.given import refuse_negative
 from polytask.balancing.observation import Observation
 from polytask.errors import InputError, TrainingError
 
@@ -114,6 +115,8 @@ def begin(
         step.values = values[:0]
         return step
     balancer.bind(names)
+    if balancer.logarithmic:
+        refuse_negative({n: float(means[n].detach()) for n in names})
     if factors is None:
         # one by one: unstacking a stack would send every pass through all heads, with zeros
         step.scalars = [balancer.transform(named[n]) for n in names]

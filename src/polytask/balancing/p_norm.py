@@ -48,6 +48,9 @@ class PNorm(LossWeighting):
         p = torch.as_tensor(self.p).to(losses)
         f = (p * (losses.detach() - ideal_point(self, self.ideal, losses))).clamp_min(0)
         largest = f.max().clamp_min(torch.finfo(losses.dtype).tiny)
-        norm = largest * ((f / largest) ** self.q).sum() ** (1 / self.q)
-        w = p * (f / norm) ** (self.q - 1)
+        share = f / largest
+        # at least 1 unless all losses are ideal, where nothing is to be gained
+        spread = (share**self.q).sum().clamp_min(1.0) ** (1 / self.q)
+        norm = largest * spread
+        w = p * (share / spread) ** (self.q - 1)
         return (w * (losses - losses.detach())).sum() + norm, w

@@ -7,16 +7,18 @@ import numpy as np
 from polytask.balancing.base import GramianWeighting, Vector
 from polytask.errors import InputError
 
+LEAST = float(np.finfo(np.float64).tiny) ** 0.5
+
 
 def losses_for_ray(balancer: GramianWeighting, losses: Vector | None) -> Vector:
-    """The losses, which the method cannot do without, raised to the least positive number.
+    """The losses, which the method cannot do without, raised to a positive number whose square is one too.
 
     Raises:
         InputError: no losses.
     """
     if losses is None:
         raise InputError(f"{balancer.method.name} steers the losses towards the ray of the preference: give losses=")
-    return np.maximum(losses, np.finfo(np.float64).tiny)
+    return np.asarray(np.maximum(losses, LEAST))
 
 
 def off_ray(losses: Vector, p: Vector) -> Vector:

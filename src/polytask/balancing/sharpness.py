@@ -43,6 +43,8 @@ class SharpnessAware(LookingBalancer):
         self.inner_options = dict(inner_options or {})
         chosen = {"preference": self.preference, "seed": self.seed, **self.inner_options}
         self.inners: list[Balancer] = [find(inner, "balancing").factory(**chosen) for _ in range(copies)]
+        for each in self.inners:  # logarithms are taken once, outside
+            each.log_losses = each.log_losses and not self.log_losses
         first = self.inners[0]
         if isinstance(first, LookingBalancer) or len(first.roles) > 1 or first.needs_second_evaluation:
             raise InputError(f"{name} combines gradients by a method that looks once a step, which {inner} does not")

@@ -46,7 +46,7 @@ def weights_before_gradients(
     """
     if balancer is not None:
         balancer.bind(names)
-        return cast(Tensor, cast(Any, balancer).weights(losses)).detach() if balancer.needs == "losses" else None
+        return cast(Tensor, cast(Any, balancer).combine(losses)[1]).detach() if balancer.needs == "losses" else None
     if weights is None:
         return torch.ones_like(losses)
     if isinstance(weights, Mapping) and not set(names) <= set(weights):
@@ -66,8 +66,8 @@ def balanced(
     """The direction d and weights with d = sum_i w_i g_i; by least squares for a method that only gives d."""
     method = cast(Any, balancer)
     if balancer.needs == "gramian":
-        w = cast(Tensor, method.weights(gramian(J), losses)).to(J)
+        w = torch.from_numpy(method.weights_of(gramian(J).cpu().numpy(), losses.double().cpu().numpy())).to(J)
         return w @ J, w
-    d = cast(Tensor, method.direction(J, losses))
+    d = cast(Tensor, method.direction_of(J, losses))
     solution = torch.linalg.lstsq(gramian(J).cpu(), (J.double() @ d.double()).cpu()[:, None], driver="gelsd").solution
     return d, solution[:, 0].to(J)
