@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from polytask.autograd import LinearGradients
 from polytask.balancing import make
 
 from .conftest import gradients, losses
@@ -46,3 +47,28 @@ def test_graddrop_leaks():
         ).all()
     )
     assert bool(extra.abs().sum() > 1)
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.3, [1.0, 0.0, 0.5]])
+def test_graddrop_draws_the_same_in_whatever_form_gradients_arrive(leak):
+    generator = torch.Generator().manual_seed(0)
+    D = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    W = torch.randn(3, 300, generator=generator, dtype=torch.float64)
+    gradients = LinearGradients(D, W, [slice(k, k + 1) for k in range(3)])
+    found = []
+    for options in ({}, {"every": 2}):
+        for preference in (None, [1.0, 2.0, 3.0]):
+            one, other = (make("graddrop", seed=1, leak=leak, preference=preference, **options) for _ in range(2))
+            for b in (one, other):
+                b.bind(["a", "b", "c"])
+            by_rows = one.direction(gradients.rows())
+            assert torch.allclose(other.direction_at(gradients, 1.0, None), by_rows, rtol=1e-9, atol=1e-12)
+            found.append(by_rows)
+    assert torch.equal(found[0], found[2])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_graddrop_keeps_whole_what_nobody_opposes():
+    J = torch.randn(4, 50_000).abs() * torch.where(torch.rand(50_000) < 0.5, -1.0, 1.0)
+    for seed in range(5):
+        assert torch.allclose(make("graddrop", seed=seed).direction(J), J.sum(0), rtol=1e-5)

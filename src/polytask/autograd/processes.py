@@ -103,6 +103,10 @@ class SlicedGradients(TaskGradients):
         self._slice = processes.scatter_sum(rows) / processes.size
         self._coordinates, self._processes = coordinates, processes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._slice.dtype
+
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
         return self._processes.sum_(gramian(self._slice))
 
@@ -130,6 +134,10 @@ class DisjointGradients(TaskGradients):
 
     def __init__(self, mine: TaskGradients, processes: Processes) -> None:
         self._mine, self._processes = mine, processes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._mine.dtype
 
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
         return self._processes.sum_(self._mine.gramian()) / self._processes.size**2

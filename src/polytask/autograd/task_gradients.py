@@ -1,13 +1,14 @@
 """Gradients of several tasks at one place, held in the form in which they arrive.
 
-A balancer asks three things of them: their Gramian, a combination of them, and (rarely) the rows themselves. Rows are one way to answer;
-for linear heads the gradient at the representation is a product of two small matrices, and the first two answers need no row at all.
+A balancer asks four things of them: their Gramian, a combination of them, and (rarely) what pulls each coordinate up and down, or the rows
+themselves. Rows are one way to answer; for linear heads the gradient at the representation is a product of two small matrices, and the
+first three answers need no row at all.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,9 +17,20 @@ from torch import Tensor
 from polytask.autograd.gramian import gramian
 from polytask.autograd.workspace import Workspace
 
+Pulls = tuple[Float[Tensor, " piece"], Float[Tensor, " piece"]]
+
+# numbers held at a time while coordinates are looked at: they stay in the cache, and their memory with the process
+PIECE = 2**14
+TABLE = 2**17
+
 
 class TaskGradients(ABC):
     """The gradients g_1 .. g_K of K tasks with respect to the same P coordinates."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the gradients."""
 
     @abstractmethod
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
@@ -27,6 +39,22 @@ class TaskGradients(ABC):
     @abstractmethod
     def combination(self, w: Float[Tensor, " tasks"]) -> Float[Tensor, " coordinates"]:
         """sum_k w_k g_k, flat."""
+
+    def pulls(self, p: Float[Tensor, " tasks"]) -> Iterator[Pulls]:
+        r"""For consecutive pieces of the coordinates :math:`\sum_k p_k \max(g_k, 0)` and :math:`\sum_k p_k \min(g_k, 0)`.
+
+        Args:
+            p: non-negative.
+
+        Yields:
+            Two vectors, in the gradients' type, of half types in single precision; one where all gradients have one sign the other is
+            exactly 0.
+        """
+        rows = self.rows()
+        p = p.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
+        for piece in torch.split(rows, max(1, TABLE // len(rows)), dim=1):
+            wide = piece.to(p.dtype)
+            yield _both(p @ wide, p @ wide.abs())
 
     @abstractmethod
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
@@ -46,6 +74,10 @@ class DenseGradients(TaskGradients):
 
     def __init__(self, rows: Float[Tensor, "tasks coordinates"]) -> None:
         self._rows = rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._rows.dtype
 
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
         return gramian(self._rows)
@@ -84,6 +116,10 @@ class LinearGradients(TaskGradients):
         self._D, self._W, self._columns = D, W, tuple(columns)
         self._workspace = workspace or Workspace()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._W.dtype
+
     def gramian(self) -> Float[Tensor, "tasks tasks"]:
         examples, outputs = self._D.shape
         width, tasks = self._W.shape[1], len(self._columns)
@@ -107,6 +143,23 @@ class LinearGradients(TaskGradients):
             each[c] = value
         return ((self._D * each) @ self._W).flatten()
 
+    def pulls(self, p: Float[Tensor, " tasks"]) -> Iterator[Pulls]:
+        wide = torch.promote_types(self._W.dtype, torch.float32)
+        D, W, p = self._D.to(wide), self._W.to(wide), p.to(self._W.device, wide)
+        if all(c.stop == c.start + 1 for c in self._columns):  # |d w'| = |d| |w|'
+            columns = [c.start for c in self._columns]
+            W, signless = W[columns], W[columns].abs()
+            for d in torch.split(D[:, columns] * p, max(1, PIECE // W.shape[1])):
+                yield _both((d @ W).flatten(), (d.abs() @ signless).flatten())
+            return
+        values = p.tolist()
+        for d in torch.split(D, max(1, PIECE // W.shape[1])):
+            total, size, one = (W.new_zeros(len(d), W.shape[1]) for _ in range(3))
+            for value, c in zip(values, self._columns, strict=True):
+                total.add_(torch.mm(d[:, c], W[c], out=one), alpha=value)
+                size.add_(one.abs_(), alpha=value)
+            yield _both(total.flatten(), size.flatten())
+
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
         examples, width = len(self._D), self._W.shape[1]
         rows = self._workspace.matrix(len(self._columns), examples * width, self._D)
@@ -116,3 +169,8 @@ class LinearGradients(TaskGradients):
 
     def select(self, kept: list[int]) -> LinearGradients:
         return LinearGradients(self._D, self._W, [self._columns[k] for k in kept], self._workspace)
+
+
+def _both(total: Float[Tensor, " piece"], size: Float[Tensor, " piece"]) -> Pulls:
+    """The positive and the negative part of a sum, from it and the sum of absolute values."""
+    return (total + size).div_(2).clamp_(min=0), (total - size).div_(2).clamp_(max=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Unpack
 
@@ -9,12 +10,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.autograd import DenseGradients, TaskGradients
 from polytask.balancing.base import BaseOptions, GradientAggregator
 from polytask.errors import InputError
 from polytask.registry import register
-
-# numbers looked at in one go: what is made of them stays in the cache
-SCRATCH = 2**18
 
 
 @register(
@@ -37,7 +36,7 @@ class GradDrop(GradientAggregator):
         leak: :math:`\ell`, how much of each task's gradient passes anyway: one number, or one a task in the order
             bound; 0 by default.
 
-    Cost: a few passes over the K x P numbers and P random ones a step.
+    Cost: two passes over the K x P numbers, or two products for scalar linear heads, and P random numbers a step.
     """
 
     def __init__(self, *, leak: float | Sequence[float] = 0.0, **base: Unpack[BaseOptions]) -> None:
@@ -52,32 +51,32 @@ class GradDrop(GradientAggregator):
         J: Float[Tensor, "tasks coordinates"],
         losses: Float[Tensor, " tasks"] | None,  # noqa: ARG002
     ) -> Float[Tensor, " coordinates"]:
-        if self.preference is not None:
-            J = J * torch.as_tensor(self.p).to(J)[:, None]
-        # a generator of the device, seeded from the one that state_dict keeps
-        generator = torch.Generator(J.device).manual_seed(int(self.rng.integers(2**62)))
-        U = torch.rand(J.shape[1], generator=generator, device=J.device)
-        leak = self._leak(J)
-        d = torch.empty_like(J[0])
-        width = max(1, SCRATCH // len(J))
-        for g, u, out in zip(*(torch.split(t, width, -1) for t in (J, U, d)), strict=True):
-            out.copy_(_kept(g, u, leak))
-        return d
+        return self._drop(DenseGradients(J))
 
-    def _leak(self, J: Tensor) -> Tensor | None:
+    def direction_at(
+        self, gradients: TaskGradients, scale: float, losses: Float[Tensor, " tasks"] | None
+    ) -> Float[Tensor, " coordinates"]:
+        return super().direction_at(gradients, scale, losses) if self.every > 1 else self._drop(gradients)
+
+    def _drop(self, gradients: TaskGradients) -> Float[Tensor, " coordinates"]:
+        p = torch.as_tensor(self.p)
+        leak = torch.as_tensor(self._leak())
+        # a generator of the device, seeded from the one that state_dict keeps
+        seed, generator, kept = int(self.rng.integers(2**62)), None, []
+        passing = gradients.pulls(p * leak) if leak.any() else itertools.repeat(None)
+        for (up, down), anyway in zip(gradients.pulls(p), passing, strict=False):
+            generator = generator or torch.Generator(up.device).manual_seed(seed)
+            U = torch.rand(len(up), dtype=up.dtype, generator=generator, device=up.device)
+            chosen = up > U.mul_(up - down)  # P > U, P being the positive part of the whole
+            if anyway is not None:
+                up, down = up + anyway[1], down + anyway[0]
+            kept.append(torch.where(chosen, up, down))
+        return torch.cat(kept).to(gradients.dtype)
+
+    def _leak(self) -> list[float]:
         if isinstance(self.leak, int | float):
-            return None if self.leak == 0 else J.new_full((len(J), 1), float(self.leak))
+            return [float(self.leak)] * len(self.active)
         assert self.tasks is not None
         if len(self.leak) != len(self.tasks):
             raise InputError(f"graddrop has {len(self.leak)} leaks for {len(self.tasks)} tasks")
-        return J.new_tensor([self.leak[i] for i in self.active])[:, None]
-
-
-def _kept(g: Tensor, U: Tensor, leak: Tensor | None) -> Tensor:
-    exact = g if g.dtype == torch.float64 else g.float()
-    up, down = exact.clamp_min(0), exact.clamp_max(0)
-    positive, negative = up.sum(0), down.sum(0)
-    chosen = positive > U * (positive - negative)  # P > U, P being the positive part of the whole
-    if leak is None:
-        return torch.where(chosen, positive, negative)
-    return torch.where(chosen, up + leak * down, down + leak * up).sum(0)
+        return [float(self.leak[i]) for i in self.active]

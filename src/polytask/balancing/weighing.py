@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polytask.autograd import TaskGradients, gramian
+from polytask.autograd import DenseGradients, TaskGradients
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, Vector, precision_of
 from polytask.balancing.losses import Step
 from polytask.balancing.observation import Observation
@@ -34,14 +34,13 @@ def weigh(balancer: Balancer, gradients: TaskGradients, step: Step, level: str) 
     if weights is not None:
         return _kept_combination(weights, gradients, step, level)
     if isinstance(balancer, GradientAggregator):
-        rows = gradients.rows()
-        C = gramian(rows) / step.scale**2
+        whole = gradients if step.processes is None else DenseGradients(gradients.rows())
+        C = whole.gramian() / step.scale**2
         bad = _names(step, torch.isfinite(C.diagonal()).tolist())
         if bad:
             return _without(bad, balancer, gradients, step, level)
-        direction = balancer.direction_of(rows / step.scale if step.scale != 1.0 else rows, step.values)
-        seen = _observation(step, None, C, level)
-        return gradients.mine(direction * step.scale if step.scale != 1.0 else direction), seen
+        direction = balancer.direction_at(whole, step.scale, step.values)
+        return gradients.mine(direction), _observation(step, None, C, level)
     C = gradients.gramian() / step.scale**2
     bad = _names(step, np.isfinite(np.diag(C.cpu().numpy())).tolist())
     if bad:
