@@ -273,7 +273,7 @@ def test_gradients_over_layers() -> None:
     assert [evaluate([0.0, 1.0, 0.0], "x", t) for t in depths] == [0.0, 0.5, 1.0, 0.5, 0.0]
     assert [evaluate([0.3], "x", t) for t in depths] == [0.3] * 5
     assert depth_of("model.embed_tokens.weight", layers) == 0
-    assert depth_of("lm_head.weight", layers) == 1
+    assert depth_of("lm_head.weight", layers) == 0
     cases = [{"filter": "q", "value": [0, 1]}, {"filter": "mlp", "value": 0.5}]
     assert evaluate(cases, "model.layers.4.q.weight", 1.0) == 1
     assert evaluate(cases, "model.layers.4.mlp.weight", 1.0) == 0.5
@@ -302,7 +302,7 @@ def test_gradients_over_layers() -> None:
             "merge_method: average\ntokenizer_source: union\nmodels: [{model: one.safetensors}]",
             "union of the tokenizers",
         ),
-        ("merge_method: average\nslices: [{sources: []}, {sources: []}]", "changes the architecture"),
+        ("merge_method: average\nslices: [{sources: []}, {sources: []}]", "several slices of layers"),
         (
             "merge_method: average\nslices: [{sources: [{model: one.safetensors, layer_range: [0, 3]}]}]",
             "only whole models",

@@ -156,12 +156,13 @@ def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: boo
 
 def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
     """The merger of a method, and what adds experts to its result where the method does; that takes its options out."""
-    from polytask.registry import find, methods, spelling
+    from polytask.merging.in_memory import merging_method
+    from polytask.registry import methods, spelling
 
     method = method.replace("++", "_pp")
     routing = {spelling(label): m for m in methods("routing") for label in (m.name, *m.aliases)}
     if spelling(method) not in routing:
-        return find(method, family="merging").name, None
+        return merging_method(method).name, None
     found = routing[spelling(method)]
     own = {name: options.pop(name) for name in list(options) if name in found.options}
     made: ESMPP = found.factory(**own)

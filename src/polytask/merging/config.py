@@ -10,9 +10,10 @@ from typing import Any
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
+from polytask.merging.in_memory import merging_method
 from polytask.merging.on_disk import MergePlan
 from polytask.merging.proxy import Proxy
-from polytask.registry import Method, find
+from polytask.registry import Method
 
 KNOWN = (
     "models",
@@ -23,6 +24,7 @@ KNOWN = (
     "dtype",
     "out_dtype",
     "tokenizer_source",
+    "tokenizer",
     "filters",
     "skip",
     "seed",
@@ -34,17 +36,24 @@ RENAMED = {
     "filter_wise": "per_row",
     "max_iter": "steps",
     "tol": "tolerance",
+    "normalize_weights": "normalize",
 }
-WITHOUT_MEANING = ("int8_mask",)
-"""Parameters that save mergekit memory and change no result."""
+WITHOUT_MEANING = ("int8_mask", "eps")
+"""Parameters that save mergekit memory or keep it from dividing by zero, and change no result."""
 
-DEFAULTS = {"density": 1.0, "scale": 1.0, "select": 1.0, "gamma": 0.01}
+DEFAULTS = {"density": 1.0, "scale": 1.0, "select": 1.0, "gamma": 0.01, "epsilon": 0.3}
 """What mergekit takes where a file says nothing and our own default, the paper's, is another."""
+
+KARCHER = {"steps": 10, "tolerance": 1e-5}
+"""The same for karcher alone."""
 
 WIDTHS = ("epsilon",)
 """Options that are half as wide in mergekit: it says +- epsilon, the paper says the whole range."""
 
-FIRST = ("embed", "wte", "wpe", "patch")
+WITH_BASE = ("weighted", "karcher")
+"""Methods to which mergekit's ``base_model`` is one more model to be merged."""
+
+ENTRY = {"models": ("model", "parameters"), "sources": ("model", "parameters", "layer_range")}
 LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
 
 
@@ -76,50 +85,98 @@ def read_config(file: Path, proxy: Proxy | None = None) -> MergePlan:
 
 
 def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan:
-    method = find(str(said["merge_method"]), family="merging")
+    method = merging_method(str(said["merge_method"]))
     listed = _models(said, file)
     base = said.get("base_model")
     places = [_place(m["model"], file) for m in listed]
     base_place = None if base is None else _place(base, file)
-    chosen = [(p, m) for p, m in zip(places, listed, strict=True) if p != base_place]
+    chosen = [
+        (p, m) for p, m in zip(places, listed, strict=True) if base_place is None or p.resolve() != base_place.resolve()
+    ]
+    if base_place is not None and method.name in WITH_BASE:
+        # configuration and tokenizer are those of the first
+        chosen = [(base_place, _entry_of(base_place, places, listed)), *chosen]
     experts = [p for p, _ in chosen]
+    if not experts:
+        raise InputError(f"{file} lists no model but the base: there is nothing to merge")
     layers = _layers(open_expert(base_place or experts[0], None).specs)
     _check_slices(said, layers, file)
-    settings = [m.get("parameters") or {} for _, m in chosen]
-    common = said.get("parameters") or {}
-    parameters = {n for s in (*settings, common) for n in s} - set(WITHOUT_MEANING)
-    options = partial(_options, method, parameters, settings, common, layers, file)
-    tokenizer = said.get("tokenizer_source") or "base"
-    if tokenizer == "union":
+    settings = [_parameters(m, file) for _, m in chosen]
+    common = [_parameters(s, file) for s in ((said.get("slices") or [{}])[0], said)]
+    parameters = {n for s in (*settings, *common) for n in s} - set(WITHOUT_MEANING)
+    fixed = {"around_base": True} if base is not None and "around_base" in method.options else {}
+    options = partial(_options, method, parameters, settings, common, fixed, layers, file)
+    return MergePlan(
+        experts,
+        None if method.name in WITH_BASE else base_place,
+        method.name,
+        options,
+        _several(said, "filters", file),
+        _several(said, "skip", file),
+        said.get("out_dtype") or said.get("dtype"),
+        int(said.get("seed") or 0),
+        _tokenizer(said, file),
+        proxy=proxy,
+    )
+
+
+def _entry_of(base: Path, places: Sequence[Path], listed: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """What a file says of its base as a model to be merged."""
+    return next((m for p, m in zip(places, listed, strict=True) if p.resolve() == base.resolve()), {})
+
+
+def _parameters(said: Mapping[str, Any], file: Path) -> Mapping[str, Any]:
+    found = said.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise InputError(f"{file} gives parameters as {found!r}, not by their names")
+    return found
+
+
+def _several(said: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
+    found = said.get(key) or ()
+    found = (found,) if isinstance(found, str) else found
+    if not isinstance(found, list | tuple) or not all(isinstance(f, str) for f in found):
+        raise InputError(f"{key} in {file} is a list of texts, not {found!r}")
+    return tuple(found)
+
+
+def _tokenizer(said: Mapping[str, Any], file: Path) -> Path | None:
+    """The model whose tokenizer is taken, None for the base's."""
+    source = said.get("tokenizer_source")
+    if "tokenizer" in said:
+        own = said["tokenizer"]
+        if source is not None or not isinstance(own, dict) or set(own) != {"source"}:
+            raise InputError(
+                f"{file} asks for a tokenizer to be put together: only one model's can be taken, by its source"
+            )
+        source = own["source"]
+    if source == "union":
         raise InputError(
             f"{file} asks for the union of the tokenizers: only base, or the path of one model, can be taken"
         )
-    return MergePlan(
-        experts,
-        base_place,
-        method.name,
-        options,
-        tuple(said.get("filters") or ()),
-        tuple(said.get("skip") or ()),
-        said.get("out_dtype") or said.get("dtype"),
-        int(said.get("seed") or 0),
-        None if tokenizer == "base" else _place(tokenizer, file),
-        proxy=proxy,
-    )
+    return None if source in (None, "base") else _place(source, file)
 
 
 def _models(said: Mapping[str, Any], file: Path) -> list[Mapping[str, Any]]:
     slices = said.get("slices")
     if (slices is None) == (said.get("models") is None):
         raise InputError(f"{file} names either models or slices")
-    if slices is not None and (len(slices) != 1 or "sources" not in slices[0]):
-        raise InputError(
-            f"{file} puts {len(slices)} slices of layers together, which changes the architecture: only one can be merged"
-        )
+    if slices is not None and not (isinstance(slices, list) and len(slices) == 1 and "sources" in slices[0]):
+        raise InputError(f"{file} puts several slices of layers together: only one, of all layers, can be merged")
+    where = "models" if slices is None else "sources"
     listed = said["models"] if slices is None else slices[0]["sources"]
+    if not isinstance(listed, list):
+        raise InputError(f"{where} in {file} are not a list of models")
     wrong = [m for m in listed if not isinstance(m, dict) or not isinstance(m.get("model"), str)]
     if wrong:
         raise InputError(f"an entry of {file} names no model: {wrong[0]!r}")
+    for m in [*listed, *({k: v for k, v in s.items() if k != "sources"} for s in slices or ())]:
+        known = (*ENTRY[where], *(("base_model",) if "model" not in m else ()))
+        unknown = [k for k in m if k not in known]
+        if unknown:
+            raise InputError(
+                f"{file} says {unknown[0]!r} of a model, not among its parameters: known are {', '.join(known)}"
+            )
     return list(listed)
 
 
@@ -158,12 +215,12 @@ def _layers(names: Any) -> dict[str, int]:
 
 
 def depth_of(name: str, layers: Mapping[str, int]) -> float:
-    """Where between the first layer (0) and the last (1) a tensor stands; embeddings stand at 0, what follows the layers at 1."""
+    """Where between the first layer (0) and the last (1) a tensor stands; those outside the layers stand at 0, as mergekit has it."""
     found = LAYER.match(name)
-    if found:
-        last = layers[found[1] or ""] - 1
-        return int(found[2]) / last if last else 1.0
-    return 0.0 if any(part in name for part in FIRST) else 1.0
+    if not found:
+        return 0.0
+    last = layers[found[1] or ""] - 1
+    return int(found[2]) / last if last else 1.0
 
 
 def evaluate(setting: Any, name: str, t: float) -> Any:
@@ -197,13 +254,17 @@ def _options(
     method: Method,
     parameters: set[str],
     settings: Sequence[Mapping[str, Any]],
-    common: Mapping[str, Any],
+    common: Sequence[Mapping[str, Any]],
+    fixed: Mapping[str, Any],
     layers: Mapping[str, int],
     file: Path,
     name: str,
 ) -> dict[str, Any]:
     t = depth_of(name, layers)
-    options: dict[str, Any] = {n: v for n, v in DEFAULTS.items() if n in method.options}
+    defaults = {n: v for n, v in DEFAULTS.items() if n in method.options} | (
+        KARCHER if method.name == "karcher" else {}
+    )
+    options: dict[str, Any] = {**defaults, **fixed}
     for said in sorted(parameters):
         option = RENAMED.get(said, said)
         if option not in method.options:
@@ -211,14 +272,13 @@ def _options(
                 f"{file} sets {said!r}, which {method.name} does not take; it takes {', '.join(method.options)}"
             )
         found = [evaluate(s.get(said), name, t) for s in settings]
-        shared = evaluate(common.get(said), name, t)
+        shared = next((v for c in common if (v := evaluate(c.get(said), name, t)) is not None), None)
         values = [shared if v is None else v for v in found]
-        if any(v is None for v in values):
-            if any(v is not None for v in values):
-                raise InputError(
-                    f"{file} sets {said!r} for some models only, not for all of them, at the tensor {name}"
-                )
+        if all(v is None for v in values):
             continue
-        values = [2 * v for v in values] if option in WIDTHS else values
+        if any(v is None for v in values) and option not in defaults:
+            raise InputError(f"{file} sets {said!r} for some models only, not for all of them, at the tensor {name}")
+        wide = 2 if option in WIDTHS else 1
+        values = [defaults[option] if v is None else v * wide if wide > 1 else v for v in values]
         options[option] = values if any(v != values[0] for v in values) else values[0]
     return options

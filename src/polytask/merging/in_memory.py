@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,7 +88,15 @@ def _built(method: Method, options: Mapping[str, Any]) -> Any:
 
 
 def _of_kind(value: Any, default: Any, label: str) -> Any:
-    """A value for an option whose default is a flag or a count; 1 and 1.0 count as true, as mergekit's files have it."""
+    """A value for an option whose default is a flag or a count; 1 and 1.0 count as true, as mergekit's files have it.
+
+    Numbers written as YAML does not read them, 1e-5, come as texts.
+    """
+    if isinstance(value, list):
+        return [_of_kind(v, default, label) for v in value]
+    if isinstance(value, str) and not isinstance(default, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if isinstance(default, bool):
         if value not in (False, True):
             raise InputError(f"{label} is true or false, not {value!r}")

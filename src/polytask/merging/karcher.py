@@ -10,6 +10,9 @@ from polytask.errors import InputError
 from polytask.merging.base import PerExpert, Place, WeightMerger, chunks, in_range, per_expert
 from polytask.registry import register
 
+OPPOSITE = 1e-7
+"""Lengths of a mean of unit vectors, and sines, that float32 weights cannot tell from 0."""
+
 
 @register(
     "karcher",
@@ -26,7 +29,8 @@ class Karcher(WeightMerger):
         W = \Bigl(\sum_t w_t \lVert W_t\rVert\Bigr)\, \mu, \qquad u_t = W_t / \lVert W_t\rVert
 
     The mean lies in the span of the :math:`u_t`, so that the whole iteration runs on their T x T Gramian. Experts whose tensor is zero
-    have no direction; they count in the mean length.
+    have no direction; they count in the mean length. Where directions cancel out, as those of a single number with either sign do, the
+    weights themselves are averaged.
 
     Args:
         weights: :math:`w_t` before they are normalised, positive.
@@ -56,16 +60,22 @@ class Karcher(WeightMerger):
             return W[0].zero_()
         c = torch.zeros_like(w)
         unit = norms[kept]
-        c[kept] = self._mean(G[kept][:, kept] / unit / unit[:, None], w[kept] / w[kept].sum()) / unit
-        return ((c * (w @ norms)).to(W.dtype) @ rows).view(W.shape[1:])
+        mean = self._mean(G[kept][:, kept] / unit / unit[:, None], w[kept] / w[kept].sum())
+        c[kept] = w[kept] if mean is None else mean / unit * (w @ norms)
+        return (c.to(W.dtype) @ rows).view(W.shape[1:])
 
-    def _mean(self, C: Tensor, w: Tensor) -> Tensor:
-        # coefficients of mu in the unit vectors whose cosines are C
-        c = w / (w @ C @ w).clamp_min(1e-300).sqrt()
+    def _mean(self, C: Tensor, w: Tensor) -> Tensor | None:
+        # coefficients of mu in the unit vectors whose cosines are C; None where they cancel out
+        square = w @ C @ w
+        if square < OPPOSITE**2:
+            return None
+        c = w / square.sqrt()
         for _ in range(self.steps):
             cosines = (C @ c).clamp(-1, 1)
             theta = cosines.arccos()
-            pull = w / torch.sinc(theta / torch.pi).clamp_min(1e-12)
+            sine = torch.sinc(theta / torch.pi)
+            # every way leads as well to the opposite point: it pulls nowhere
+            pull = torch.where(sine > OPPOSITE, w / sine, 0.0)
             tangent = pull - (pull @ cosines) * c
             length = (tangent @ C @ tangent).clamp_min(0).sqrt()
             if length < self.tolerance:

@@ -11,6 +11,9 @@ from torch import Tensor
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions
 from polytask.registry import register
 
+SINGULAR = 1e-6
+"""Denominators of the ratio below which the experts cancel out."""
+
 
 @register(
     "model_stock",
@@ -24,8 +27,8 @@ class ModelStock(TaskVectorMerger):
 
     .. math:: M = r\, \frac1T \sum_t \tau_t, \qquad r = \frac{T \cos\theta}{1 + (T - 1) \cos\theta}
 
-    with :math:`\cos\theta` the mean cosine between pairs of task vectors of this tensor, at least 0: experts that agree in nothing leave
-    the base as it is.
+    with :math:`\cos\theta` the mean cosine between pairs of task vectors of this tensor. Where they cancel out and r has no value, the base
+    stays as it is.
 
     Args:
         per_row: an angle for each row of a matrix instead of one for the tensor.
@@ -49,6 +52,7 @@ class ModelStock(TaskVectorMerger):
         # (sum_t u_t)^2 = sum_t u_t^2 + sum_{s != t} u_s u_t, without writing down pairs
         together = rows.sum(0).square().sum(1)
         alone = (norms > 0).sum(0)[:, 0]
-        cosine = ((together - alone) / (T * (T - 1))).clamp(0, 1)
-        ratio = T * cosine / (1 + (T - 1) * cosine)
+        cosine = ((together - alone) / (T * (T - 1))).clamp(-1, 1)
+        below = 1 + (T - 1) * cosine
+        ratio = torch.where(below > SINGULAR, T * cosine / below, 0.0)
         return mean.view(rows.shape[1:]).mul_(ratio[:, None]).view(D.shape[1:])

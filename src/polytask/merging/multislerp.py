@@ -28,30 +28,41 @@ class MultiSlerp(WeightMerger):
     .. math:: v = \sum_t w_t (u_t - \langle u_t, \mu\rangle \mu), \qquad
         W = \Bigl(\sum_t w_t \lVert W_t\rVert\Bigr) \Bigl(\cos\lVert v\rVert\, \mu + \sin\lVert v\rVert \frac{v}{\lVert v\rVert}\Bigr)
 
+    Directions that cancel out, such as those of a single number with either sign, have no mean: there the weights themselves are averaged.
+
     Args:
-        weights: :math:`w_t` before they are normalised, one number for all experts or one each.
+        weights: :math:`w_t`, one number for all experts or one each.
+        normalize: divide the weights by their sum.
+        around_base: the sphere is around the base instead of around zero, so that task vectors are averaged in this way.
 
     Cost: a few passes over the weights.
     """
 
-    def __init__(self, *, weights: PerExpert = 1.0) -> None:
+    def __init__(self, *, weights: PerExpert = 1.0, normalize: bool = True, around_base: bool = False) -> None:
         in_range(weights, "a weight", float("-inf"), float("inf"), each=True)
-        self.weights = weights
+        self.weights, self.normalize, self.around_base = weights, normalize, around_base
 
-    def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:
+    def merge(self, W0: Tensor | None, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:
+        if not self.around_base:
+            return self.combine(W, place)
+        if W0 is None:
+            raise InputError("multislerp around the base needs the base that the experts started from")
+        return W0.add_(self.combine(W.sub_(W0), place))
+
+    def combine(self, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
         w = W.new_tensor(per_expert(self.weights, len(W), "weights"))
-        if abs(float(w.sum())) < TINY:
-            raise InputError("the weights sum to 0: multislerp needs another sum")
-        w /= w.sum()
+        if self.normalize and abs(float(w.sum())) < TINY:
+            raise InputError("the weights sum to 0: multislerp needs another sum, or normalize=False")
+        if self.normalize:
+            w /= w.sum()
         U = W.view(len(W), -1)
         norms = U.norm(dim=1)
         U /= norms.clamp_min(TINY)[:, None]
         mean = w @ U
         length = mean.norm()
         if length < TINY:
-            if not norms.any():
-                return W[0].zero_()
-            raise InputError(f"the experts' directions cancel out in {place.name}: multislerp needs other weights")
+            averaged: Tensor = (w * norms) @ U
+            return averaged.view(W.shape[1:])
         mean /= length
         # sum_t w_t (u_t - <u_t, m> m) without writing the tangent vectors down
         tangent = w @ U

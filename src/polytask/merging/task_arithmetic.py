@@ -5,7 +5,7 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.merging.base import PerExpert, Place, TaskVectorMerger
+from polytask.merging.base import PerExpert, Place, TaskVectorMerger, per_expert
 from polytask.registry import register
 
 
@@ -26,12 +26,16 @@ class TaskArithmetic(TaskVectorMerger):
     Args:
         scale: :math:`\lambda`; 0.3 is what validation chooses most often for eight tasks, 1 / T makes it the average.
         weights: :math:`w_t`, one number for all experts or one each.
+        normalize: divide by the sum of the weights, unless that is 0.
 
     Cost: one pass over the weights.
     """
 
-    def __init__(self, *, scale: float = 0.3, weights: PerExpert = 1.0) -> None:
+    def __init__(self, *, scale: float = 0.3, weights: PerExpert = 1.0, normalize: bool = False) -> None:
         super().__init__(scale=scale, weights=weights)
+        self.normalize = normalize
 
     def update(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
-        return D.sum(0)
+        total = D.sum(0)
+        whole = sum(per_expert(self.weights, len(D), "weights"))
+        return total.div_(whole) if self.normalize and abs(whole) >= 1e-8 else total
