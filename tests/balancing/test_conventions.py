@@ -61,6 +61,13 @@ def test_sdmgrad_weights_before_the_mean_joins(J, printed):
     assert (1.3 * w - 0.3 / len(J)).tolist() == pytest.approx(printed, abs=1e-5)
 
 
+def test_alignings_median_is_an_eigenvalue():
+    """Of two in the middle the smaller, as torch.median has it in the authors' code: of two tasks that is the least."""
+    assert torch.equal(make("aligned_mtl", scale="median").direction(J1), make("aligned_mtl").direction(J1))
+    J = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
+    assert make("aligned_mtl", scale="median").direction(J).tolist() == pytest.approx([2.0] * 4)
+
+
 class TestNash:
     @pytest.mark.parametrize("c", [1e-6, 1.0, 1e5])
     @pytest.mark.parametrize("longest", [0.3, 1.0, 5.0])

@@ -307,7 +307,7 @@ def test_rlw_distributions():
     flat = make("rlw", distribution="dirichlet", seed=1)
     w = torch.tensor([weights(flat) for _ in range(4000)])
     assert w.var(0).tolist() == pytest.approx([1 / 18] * 3, rel=0.1)  # that of Dirichlet(1, 1, 1)
-    with pytest.raises(InputError, match="'normal' or 'dirichlet'"):
+    with pytest.raises(InputError, match="rlw draws from one of 'normal', 'uniform', 'dirichlet'"):
         make("rlw", distribution="cauchy")
 
 

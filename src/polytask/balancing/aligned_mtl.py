@@ -26,9 +26,9 @@ class AlignedMTL(GramianWeighting):
 
     .. math:: w = \sqrt{\lambda}\; V_r \Lambda_r^{-1/2} V_r^\top p
 
-    where :math:`\lambda` is the least, median or mean of :math:`\Lambda_r`. Eigenvalues below the rounding of the
-    largest count as zero: in single precision, what only gradients a thousand times shorter than the rest could tell
-    is lost, so mind the scales of the losses.
+    where :math:`\lambda` is the least, median (of two in the middle the smaller, as in the authors' code) or mean of
+    :math:`\Lambda_r`. Eigenvalues below the rounding of the largest count as zero: in single precision, what only gradients a
+    thousand times shorter than the rest could tell is lost, so mind the scales of the losses.
 
     Args:
         scale: which eigenvalue all are made equal to: ``min``, ``median`` or ``rmse`` (their mean).
@@ -49,6 +49,6 @@ class AlignedMTL(GramianWeighting):
         eigenvalues, vectors = np.linalg.eigh(C)
         kept = eigenvalues > len(C) * self.precision * eigenvalues[-1]
         V, lam = vectors[:, kept], eigenvalues[kept]
-        common = {"min": lam.min(), "median": np.median(lam), "rmse": lam.mean()}[self.scale]
+        common = {"min": lam[0], "median": lam[(len(lam) - 1) // 2], "rmse": lam.mean()}[self.scale]
         w = (V * np.sqrt(common / lam)) @ (V.T @ self.p)
         return np.asarray(w / len(C) if self.average else w)

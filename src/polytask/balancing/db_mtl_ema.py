@@ -57,7 +57,7 @@ class DBMTLEMA(GradientAggregator):
         self.beta, self.sigma = beta, sigma
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {"averages": None, "steps": torch.zeros(n_tasks)}
+        return {"averages": None, "steps": torch.zeros(n_tasks, dtype=torch.float32)}
 
     def aggregate(
         self,

@@ -43,7 +43,7 @@ class DWA(LossWeighting):
         self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        nan = torch.full((n_tasks,), torch.nan)
+        nan = torch.full((n_tasks,), torch.nan, dtype=torch.float32)
         return {**self.running.start(n_tasks), "last": nan.clone(), "before_last": nan.clone()}
 
     def begin_epoch(self) -> None:

@@ -21,8 +21,8 @@ class EpochMean:
     def start(self, n_tasks: int) -> dict[str, Any]:
         """The state before the first epoch."""
         return {
-            "epoch_sum": torch.zeros(n_tasks),
-            "epoch_count": torch.zeros(n_tasks),
+            "epoch_sum": torch.zeros(n_tasks, dtype=torch.float32),
+            "epoch_count": torch.zeros(n_tasks, dtype=torch.float32),
             "epoch": 0,
             "epoch_begun": False,
         }

@@ -46,8 +46,8 @@ class ExcessMTL(GradientAggregator):
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
         return {
             "root_squares": None,
-            "first_excess": torch.full((n_tasks,), torch.nan),
-            "log_weights": torch.zeros(n_tasks),
+            "first_excess": torch.full((n_tasks,), torch.nan, dtype=torch.float32),
+            "log_weights": torch.zeros(n_tasks, dtype=torch.float32),
         }
 
     def aggregate(

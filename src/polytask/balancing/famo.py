@@ -68,7 +68,7 @@ class FAMO(LossWeighting):
         # before: log D of the last step, waiting for its second look; NaN where there is none
         return {
             **self.adam.start(n_tasks, 0.0),
-            "before": torch.full((n_tasks,), torch.nan),
+            "before": torch.full((n_tasks,), torch.nan, dtype=torch.float32),
             "waiting": np.zeros(n_tasks, dtype=bool),
         }
 

@@ -41,7 +41,7 @@ class GroupDRO(LossWeighting):
         self.eta = eta
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {"log_weights": torch.zeros(n_tasks)}
+        return {"log_weights": torch.zeros(n_tasks, dtype=torch.float32)}
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
         rows = rows_of(self.active, len(self.state["log_weights"]), losses.device)

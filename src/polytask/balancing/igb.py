@@ -45,7 +45,7 @@ class IGB(LossWeighting):
         self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {**self.running.start(n_tasks), "base": torch.full((n_tasks,), torch.nan)}
+        return {**self.running.start(n_tasks), "base": torch.full((n_tasks,), torch.nan, dtype=torch.float32)}
 
     def begin_epoch(self) -> None:
         mean = self.running.end(self.state)

@@ -94,7 +94,7 @@ class IGBv2(LossWeighting):
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
         return {
             **self.running.start(n_tasks),
-            "base": torch.full((n_tasks,), torch.nan),
+            "base": torch.full((n_tasks,), torch.nan, dtype=torch.float32),
             # s and a of the step before, and the number of the step that saw each task last
             "seen": np.ones(n_tasks),
             "played": np.ones(n_tasks),

@@ -33,7 +33,10 @@ class InnerAdam:
     def start(self, n_tasks: int, value: float) -> dict[str, Tensor]:
         """The state before the first step."""
         numbers = (value, 0.0, 0.0, 0.0)
-        return {key: torch.full((n_tasks,), number) for key, number in zip(self.keys, numbers, strict=True)}
+        return {
+            key: torch.full((n_tasks,), number, dtype=torch.float32)
+            for key, number in zip(self.keys, numbers, strict=True)
+        }
 
     def read(self, state: dict[str, Any], rows: Rows, device: torch.device) -> Float[Tensor, " rows"]:
         """A copy of the numbers of the given tasks, float32."""

@@ -27,8 +27,8 @@ class Krum(GramianWeighting):
     .. math:: s_i = \text{sum of the } K - f - 2 \text{ smallest } \lVert g_i - g_j\rVert^2, \quad j \ne i, \qquad
         d = \frac1m \sum_{i \text{ among the } m \text{ least } s} g_i
 
-    Gradients whose scores tie with the last one chosen are averaged too, so that no order of the tasks matters. A
-    preference scales the gradients before.
+    Squares as in the paper; TorchJD adds the distances themselves. Gradients whose scores tie with the last one chosen are averaged
+    too, so that no order of the tasks matters. A preference scales the gradients before.
 
     Args:
         outliers: f, how many tasks may be outliers; at least one neighbour is always counted.

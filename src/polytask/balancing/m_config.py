@@ -53,7 +53,13 @@ class MConFIG(GradientAggregator):
         self.beta1, self.beta2 = beta1, beta2
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
-        return {"momenta": None, "seen": torch.zeros(n_tasks), "common": None, "square": None, "steps": 0}
+        return {
+            "momenta": None,
+            "seen": torch.zeros(n_tasks, dtype=torch.float32),
+            "common": None,
+            "square": None,
+            "steps": 0,
+        }
 
     def aggregate(
         self,

@@ -78,8 +78,8 @@ class ModifiedGradNorm(LossWeighting):
         if unknown:
             raise InputError(f"modified_gradnorm was given a reference for {unknown[0]!r}, which is not a task")
         return {
-            "w": torch.ones(n_tasks),
-            "first": torch.full((n_tasks,), torch.nan),
+            "w": torch.ones(n_tasks, dtype=torch.float32),
+            "first": torch.full((n_tasks,), torch.nan, dtype=torch.float32),
             "batch": 0,
             "batches": self.batches or 0,  # 0: not known yet
             "lr": self.lr,

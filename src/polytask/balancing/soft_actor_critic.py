@@ -63,10 +63,11 @@ class SoftActorCritic:
     def start(self, rng: np.random.Generator) -> dict[str, Any]:
         """The state before anything is learnt, its networks drawn from the generator."""
         actor, critics = self._actor.draw(rng), self._critics.draw(rng)
-        learnt = {"actor": actor, "critics": critics, "log_temperature": torch.tensor([math.log(self.temperature)])}
+        temperature = torch.tensor([math.log(self.temperature)], dtype=torch.float32)
+        learnt = {"actor": actor, "critics": critics, "log_temperature": temperature}
         moments = {f"{name}_{m}": torch.zeros_like(x) for name, x in learnt.items() for m in ("mean", "square")}
         # one row a transition: s, a, s', r
-        memory = torch.zeros(self.memory, 3 * self.tasks + 1)
+        memory = torch.zeros(self.memory, 3 * self.tasks + 1, dtype=torch.float32)
         return {**learnt, **moments, "slow_critics": critics.clone(), "memory": memory, "remembered": 0, "lessons": 0}
 
     def act(self, state: dict[str, Any], s: Vector, rng: np.random.Generator) -> Vector:
