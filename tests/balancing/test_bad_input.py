@@ -89,3 +89,65 @@ def test_micro_batches_are_checked_as_they_come() -> None:
     with pytest.raises(InputError, match="the tasks are a, b; c is not"):
         whole.add({"c": losses["a"]})
     assert not whole.present.any()
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        (None, "not as NoneType"),
+        ("ab", "not as str"),
+        (3.0, "not as float"),
+        (lambda ls: {**ls, "b": torch.complex(ls["b"], ls["a"])}, "loss of task 'b' is complex"),
+    ],
+)
+def test_what_is_no_losses(losses, sentence) -> None:
+    m = Model()
+    with pytest.raises(InputError, match=sentence):
+        polytask.backward(losses(m.losses()) if callable(losses) else losses, balancer="upgrad")
+    assert all(p.grad is None for p in m.parameters())
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_what_cannot_be_shared(method) -> None:
+    m = Model()
+    refused(m, "names no group", method, {})
+    refused(m, "no parameter that requires gradients", method, [])
+    refused(m, "is computed from others", method, [m.trunk.weight * 2])
+    for p in m.trunk.parameters():
+        p.requires_grad_(False)
+    refused(m, "no parameter that requires gradients", method, m.trunk)
+
+
+@pytest.mark.parametrize("method", KINDS)
+def test_one_tensor_is_one_shared_parameter(method) -> None:
+    found = []
+    for listed in (True, False):
+        m = Model()
+        m.trunk.bias.requires_grad_(False)
+        balancer, weight = make(method), m.trunk.weight
+        batches = [None] * len(balancer.roles)
+        polytask.backward_batches(m.losses, batches, balancer=balancer, shared=[weight] if listed else weight)
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_tasks_need_not_be_called_by_words() -> None:
+    m = Model()
+    by_word, by_number = make("upgrad"), make("upgrad")
+    polytask.backward(m.losses(), balancer=by_word)
+    expected = m.trunk.weight.grad.clone()
+    m.zero_grad()
+    a, b = m.losses().values()
+    assert polytask.backward({1: a, (2, "b"): b}, balancer=by_number).tasks == (1, (2, "b"))
+    torch.testing.assert_close(m.trunk.weight.grad, expected)
+    with pytest.raises(InputError, match="serves the tasks 1, "):
+        polytask.backward({3: m.losses()["a"]}, balancer=by_number)
+
+
+def test_steps_take_names_of_methods_and_one_gradient() -> None:
+    m = Model()
+    optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+    assert polytask.step(m.losses, [None], optimizer=optimizer, balancer="upgrad", shared=m.trunk).taken
+    assert polytask.backward_batches(m.losses, [None] * 3, balancer="modo", shared=m.trunk).taken
+    with pytest.raises(InputError, match="LBFGS"):
+        polytask.step(m.losses, [None], optimizer=torch.optim.LBFGS(m.parameters()), balancer="upgrad")

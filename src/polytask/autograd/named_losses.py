@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ def named_losses(losses: Losses) -> dict[str, Tensor]:
         raise InputError(
             f"a tensor of losses has shape (tasks,), not {tuple(losses.shape)}; name the losses in a dict or give a list"
         )
+    elif isinstance(losses, str) or not isinstance(losses, Iterable):
+        raise InputError(f"losses are given in a dict, a sequence or a tensor, not as {type(losses).__name__}")
     else:
         named = {str(i): loss for i, loss in enumerate(losses)}
     if not named:
@@ -32,6 +34,8 @@ def named_losses(losses: Losses) -> dict[str, Tensor]:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise InputError(f"the loss of task {name!r} must be a scalar tensor, not {what}")
+        if loss.is_complex():
+            raise InputError(f"the loss of task {name!r} is complex, and only real numbers can be made small")
         if not loss.requires_grad:
             raise InputError(
                 f"the loss of task {name!r} has no graph: no parameter that requires gradients leads to it"

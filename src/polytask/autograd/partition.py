@@ -59,10 +59,12 @@ def partition(
             if len(readers[id(p)]) > 1:
                 by_readers.setdefault(tuple(readers[id(p)]), []).append(p)
         groups = [
-            Group(None if list(who) == everyone else " ".join(names[k] for k in who), list(who), parameters)
+            Group(None if list(who) == everyone else " ".join(str(names[k]) for k in who), list(who), parameters)
             for who, parameters in by_readers.items()
         ]
     elif isinstance(shared, Mapping):
+        if not shared:
+            raise InputError("shared= names no group of parameters: leave it out to have them found")
         groups = _named_groups(shared, readers, names, complete)
     else:
         groups = [Group(None, everyone, _trainable(shared))]
@@ -104,16 +106,24 @@ def _named_groups(
 
 
 def _trainable(parameters: Parameters) -> list[Tensor]:
+    if isinstance(parameters, Tensor):  # iterating would take it for its rows
+        parameters = [parameters]
     given = list(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)
     for p in given:
         if not isinstance(p, Tensor):
             raise InputError(f"shared parameters are tensors, and one of those given is of type {type(p).__name__}")
+        if not p.is_leaf:
+            raise InputError(
+                f"a shared parameter of shape {tuple(p.shape)} is computed from others: give those, or this one as features="
+            )
     return list({id(p): p for p in given if p.requires_grad}.values())  # tied ones may be listed twice
 
 
 def _check_shared(
     parameters: list[Tensor], readers: Mapping[int, list[int]], names: Sequence[str], complete: bool
 ) -> None:
+    if not parameters:
+        raise InputError("shared= holds no parameter that requires gradients: nothing is to be balanced")
     if not any(id(p) in readers for p in parameters):
         raise InputError("no loss reaches any of the shared parameters: is this the model that made the losses?")
     if not complete:

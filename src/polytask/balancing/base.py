@@ -134,7 +134,7 @@ class Balancer(ABC):
         unknown = [t for t in tasks if t not in self.tasks]
         if unknown:
             raise InputError(
-                f"this balancer serves the tasks {', '.join(self.tasks)}; {', '.join(map(str, unknown))} is not one of them: "
+                f"this balancer serves the tasks {', '.join(map(str, self.tasks))}; {', '.join(map(str, unknown))} is not one of them: "
                 "where the first batch lacks some tasks, call balancer.bind(all of them) before it"
             )
         self.active = np.array([self.tasks.index(t) for t in tasks], dtype=np.intp)

@@ -20,7 +20,7 @@ def backward_batches(
     evaluate: Evaluate,
     batches: Sequence[Any],
     *,
-    balancer: Balancer,
+    balancer: Balancer | str,
     shared: Shared = None,
     features: Callable[[], Features] | None = None,
     level: Level = "auto",
@@ -44,7 +44,7 @@ def backward_batches(
     Args:
         evaluate: batch -> losses: {task: scalar with graph}, or what else :func:`polytask.backward` takes.
         batches: anything that ``evaluate`` takes, one for each entry of ``balancer.roles``.
-        balancer: kept by the caller from step to step.
+        balancer: kept by the caller from step to step; or the name of one without state.
         shared: the parameters to be balanced, as for :func:`polytask.backward`; groups are balanced together.
         features: called after the evaluation for the shared representation; of use to methods that look once.
         level: as for :func:`polytask.backward`; methods that look again know ``exact`` only.
@@ -77,6 +77,7 @@ def backward_batches(
         >>> seen.tasks, len(modo.roles), theta.grad.shape
         (('first', 'both'), 3, torch.Size([2]))
     """
+    balancer = _made(balancer)
     _check(balancer, batches, level)
     return _step(
         Evaluations(evaluate, batches, balancer.roles),
@@ -96,7 +97,7 @@ def step(
     batches: Sequence[Any],
     *,
     optimizer: torch.optim.Optimizer,
-    balancer: Balancer,
+    balancer: Balancer | str,
     clip_norm: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     **options: Any,
@@ -107,7 +108,7 @@ def step(
         evaluate: batch -> losses, at the parameters as they stand.
         batches: one for each entry of ``balancer.roles``: a list of one batch for most methods.
         optimizer: of shared and task parameters.
-        balancer: kept by the caller from step to step.
+        balancer: kept by the caller from step to step; or the name of one without state.
         clip_norm: greatest norm of the balanced gradient; None does not clip.
         scaler: the gradient scaler of mixed precision, updated here.
         options: of :func:`backward_batches`.
@@ -129,7 +130,12 @@ def step(
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise InputError(f"polytask.step has no option {unknown[0]!r}; it hands on {', '.join(known)}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise InputError(
+            "LBFGS evaluates the losses as often as it likes: polytask.step takes optimizers that need one gradient a step"
+        )
     chosen: dict[str, Any] = {**known, **options}
+    balancer = _made(balancer)
     _check(balancer, batches, chosen["level"])
     evaluations = Evaluations(evaluate, batches, balancer.roles)
     optimizer.zero_grad()
@@ -153,6 +159,14 @@ def step(
         counts = chosen["counts"]
         balancer.after_step(named, None if counts is None else counts(batches[0]))
     return seen
+
+
+def _made(balancer: Balancer | str) -> Balancer:
+    if not isinstance(balancer, str):
+        return balancer
+    from polytask.balancing import make
+
+    return make(balancer)
 
 
 def _check(balancer: Balancer, batches: Sequence[Any], level: Level) -> None:
