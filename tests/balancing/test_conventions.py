@@ -162,6 +162,16 @@ class TestIdeals:
         assert float(total) == pytest.approx(3 * mu * float(torch.logsumexp((self.L - z) / mu, 0)))
         assert torch.allclose(w, 3 * torch.softmax((self.L - z) / mu, 0))
 
+    def test_modified_stch_divides_by_the_preference(self):
+        b = make("softmtche", preference=[1, 2, 3])
+        b.bind(["a", "b", "c"])
+        total, w = b.combine(self.L)
+        v = torch.tensor([2.0, 1.0, 2 / 3], dtype=torch.float64)  # one over the preference that sums to 3
+        assert float(total) == pytest.approx(3 * 0.1 * float(torch.logsumexp(v * self.L / 0.1, 0)))
+        assert torch.allclose(w, 3 * v * torch.softmax(v * self.L / 0.1, 0))
+        sharp = make("stch", warmup=None, mu=1e-4, modified=True, preference=[1, 2, 3]).weights(self.L)
+        assert torch.allclose(sharp, 3 * make("mtche", preference=[1, 2, 3]).weights(self.L))
+
     def test_absent_tasks_take_their_ideals_along(self):
         for name, options in (("famo", {"lowest": self.Z}), ("stch", {"warmup": None, "ideal": self.Z})):
             b = make(name, **options)

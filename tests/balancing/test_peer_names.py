@@ -52,7 +52,6 @@ ABSENT = {
     "MOO_SVGD": "moves a set of networks at once: there is no direction of one",
     "HVGrad": "moves a set of networks at once: there is no direction of one",
     "UMOD": "moves a set of preferences at once: there is no direction of one",
-    "softmtche": "stch(warmup=None, preference=...) with the inverse of the preference",
 }
 
 

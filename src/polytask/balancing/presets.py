@@ -17,6 +17,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "aasf": ("tchebycheff", {"modified": True, "rho": 0.1}),
     "gs_mgda": ("modo", {"batches": 1, "steps": 5, "gamma": 0.1, "rho": 0.0}),
     "softtche": ("stch", {"warmup": None, "mu": 0.1}),
+    "softmtche": ("stch", {"warmup": None, "mu": 0.1, "modified": True}),
+    "smtche": ("stch", {"warmup": None, "mu": 0.1, "modified": True}),
     "stche": ("stch", {"warmup": None, "mu": 0.1}),
 }
 _SPELLINGS = {spelling(name): said for name, said in PRESETS.items()}

@@ -28,16 +28,18 @@ from polytask.registry import register
 class STCH(LossWeighting):
     r"""Minimise a smooth maximum of the losses, each measured by where it stood early in training.
 
-    .. math:: L = K \mu \log \sum_i \exp\frac{p_i (f_i - z_i)}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
+    .. math:: L = K \mu \log \sum_i \exp\frac{v_i (f_i - z_i)}{\mu}, \qquad f_i = \log\frac{L_i}{\bar L_i}
 
+    with :math:`v = p`, or :math:`v = 1/p` in the modified form, whose solution lies where the f are in proportion to p.
     :math:`\bar L` (the nadir) is the mean loss of the epoch of index ``warmup``; up to its end
     :math:`\sum_i p_i \log L_i` is minimised. Epochs are counted by ``begin_epoch()``. With ``warmup=None`` the losses
     themselves are compared, :math:`f_i = L_i`, from the first step on. As :math:`\mu \to 0` this becomes K times the
-    largest :math:`p_i (f_i - z_i)`.
+    largest :math:`v_i (f_i - z_i)`.
 
     Args:
         mu: smoothness, in units of f; small values approach the maximum.
         warmup: epoch whose mean losses become the nadir, or None for no normalisation.
+        modified: divide by p instead of multiplying.
         ideal: z, the lowest f thought possible: one number or one a task; 0 by default.
 
     Cost: a few operations on K numbers.
@@ -50,6 +52,7 @@ class STCH(LossWeighting):
         *,
         mu: float = 1.0,
         warmup: int | None = 4,
+        modified: bool = False,
         ideal: float | Sequence[float] = 0.0,
         **base: Unpack[BaseOptions],
     ) -> None:
@@ -58,7 +61,7 @@ class STCH(LossWeighting):
             raise InputError("stch with warmup=None compares the losses as they are: it has no log_losses")
         if not mu > 0:
             raise InputError(f"the smoothness mu of stch is positive, not {mu}")
-        self.mu, self.warmup, self.ideal = mu, warmup, ideal
+        self.mu, self.warmup, self.modified, self.ideal = mu, warmup, modified, ideal
         self.running = EpochMean()
 
     def initial_state(self, n_tasks: int) -> dict[str, Any]:
@@ -82,6 +85,7 @@ class STCH(LossWeighting):
             # a task that the nadir epoch lacked is measured by its present loss
             f = torch.log(positive / torch.where(torch.isnan(nadir), positive.detach(), nadir))
         f = f - ideal_point(self, self.ideal, losses)
-        total = len(losses) * self.mu * torch.logsumexp(p * f / self.mu, 0)
+        v = 1 / p if self.modified else p
+        total = len(losses) * self.mu * torch.logsumexp(v * f / self.mu, 0)
         slope = 1.0 if self.warmup is None else 1.0 / positive.detach()
-        return total, len(losses) * torch.softmax(p * f.detach() / self.mu, 0) * p * slope
+        return total, len(losses) * torch.softmax(v * f.detach() / self.mu, 0) * v * slope
