@@ -9,6 +9,7 @@ wrappers, gradient scalers, compiled trunks and activation checkpoints notice no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ class _Joined(torch.autograd.Function):
             for place, g in zip(junction.inputs_of(k)[1:], (dw, db), strict=False):
                 found[place] = g
         if ctx.needs_input_grad[0]:
-            ends = torch.tensor(sizes).cumsum(0).tolist()
+            ends = accumulate(sizes)
             names = [junction.tasks[k] for k in present]
             columns = {n: slice(end - size, end) for n, end, size in zip(names, ends, sizes, strict=True)}
             dz = (

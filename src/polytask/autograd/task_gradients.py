@@ -1,7 +1,7 @@
 """Gradients of several tasks at one place, held in the form in which they arrive.
 
-A balancer asks four things of them: their Gramian, a combination of them, and (rarely) what pulls each coordinate up and down, or the rows
-themselves. Rows are one way to answer; for linear heads the gradient at the representation is a product of two small matrices, and the
+A balancer asks four things of them: their Gramian, a combination of them, and (rarely) how much pulls at each coordinate either way, or the
+rows themselves. Rows are one way to answer; for linear heads the gradient at the representation is a product of two small matrices, and the
 first three answers need no row at all.
 """
 
@@ -19,9 +19,9 @@ from polytask.autograd.workspace import Workspace
 
 Pulls = tuple[Float[Tensor, " piece"], Float[Tensor, " piece"]]
 
-# numbers held at a time while coordinates are looked at: they stay in the cache, and their memory with the process
-PIECE = 2**14
-TABLE = 2**17
+# numbers held at a time while coordinates are looked at
+PIECE = 2**16
+TABLE = 2**18
 
 
 class TaskGradients(ABC):
@@ -41,20 +41,20 @@ class TaskGradients(ABC):
         """sum_k w_k g_k, flat."""
 
     def pulls(self, p: Float[Tensor, " tasks"]) -> Iterator[Pulls]:
-        r"""For consecutive pieces of the coordinates :math:`\sum_k p_k \max(g_k, 0)` and :math:`\sum_k p_k \min(g_k, 0)`.
+        r"""For consecutive pieces of the coordinates :math:`\sum_k p_k g_k` and :math:`\sum_k p_k |g_k|`.
 
         Args:
             p: non-negative.
 
         Yields:
-            Two vectors, in the gradients' type, of half types in single precision; one where all gradients have one sign the other is
-            exactly 0.
+            Two vectors in the gradients' type, of half types in single precision. Where all gradients have one sign they are equal but
+            for it, to the last bit.
         """
         rows = self.rows()
         p = p.to(rows.device, torch.promote_types(rows.dtype, torch.float32))
         for piece in torch.split(rows, max(1, TABLE // len(rows)), dim=1):
             wide = piece.to(p.dtype)
-            yield _both(p @ wide, p @ wide.abs())
+            yield p @ wide, p @ wide.abs()
 
     @abstractmethod
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
@@ -125,40 +125,51 @@ class LinearGradients(TaskGradients):
         width, tasks = self._W.shape[1], len(self._columns)
         if outputs**2 * (examples + width) > tasks**2 * examples * width:
             return gramian(self.rows())
-        kept = torch.cat([torch.arange(c.start, c.stop, device=self._D.device) for c in self._columns])
+        D, W = self._kept()
         # float64: where D is orthogonal to what the rows of W share (softmax heads), the products below cancel
-        D, W = self._D[:, kept].double(), self._W[kept].double()
+        D, W = D.double(), W.double()
         E = (D.T @ D) * (W @ W.T)
-        member = torch.zeros(tasks, len(kept), dtype=E.dtype, device=E.device)
-        start = 0
-        for k, c in enumerate(self._columns):
-            member[k, start : start + c.stop - c.start] = 1.0
-            start += c.stop - c.start
-        C = member @ E @ member.T
-        return (C + C.T) / 2
+        if len(W) > tasks:
+            member = torch.nn.functional.one_hot(self._owner(), tasks).to(E)
+            E = member.T @ E @ member
+        return (E + E.T) / 2
 
     def combination(self, w: Float[Tensor, " tasks"]) -> Float[Tensor, " coordinates"]:
-        each = self._D.new_zeros(self._D.shape[1], dtype=self._W.dtype)
-        for value, c in zip(w.to(each), self._columns, strict=True):
-            each[c] = value
-        return ((self._D * each) @ self._W).flatten()
+        D, W = self._kept()
+        each = w.to(W)
+        return ((D * (each if D.shape[1] == len(each) else each[self._owner()])) @ W).flatten()
 
     def pulls(self, p: Float[Tensor, " tasks"]) -> Iterator[Pulls]:
         wide = torch.promote_types(self._W.dtype, torch.float32)
         D, W, p = self._D.to(wide), self._W.to(wide), p.to(self._W.device, wide)
+        pieces = max(1, PIECE // W.shape[1])
         if all(c.stop == c.start + 1 for c in self._columns):  # |d w'| = |d| |w|'
-            columns = [c.start for c in self._columns]
-            W, signless = W[columns], W[columns].abs()
-            for d in torch.split(D[:, columns] * p, max(1, PIECE // W.shape[1])):
-                yield _both((d @ W).flatten(), (d.abs() @ signless).flatten())
+            D, W = self._kept()
+            W, signless = W.to(wide), W.to(wide).abs()
+            for d in torch.split(D * p, pieces):
+                yield (d @ W).flatten(), (d.abs() @ signless).flatten()
             return
         values = p.tolist()
-        for d in torch.split(D, max(1, PIECE // W.shape[1])):
+        for d in torch.split(D, pieces):
             total, size, one = (W.new_zeros(len(d), W.shape[1]) for _ in range(3))
             for value, c in zip(values, self._columns, strict=True):
                 total.add_(torch.mm(d[:, c], W[c], out=one), alpha=value)
                 size.add_(one.abs_(), alpha=value)
-            yield _both(total.flatten(), size.flatten())
+            yield total.flatten(), size.flatten()
+
+    def _kept(self) -> tuple[Float[Tensor, "examples kept"], Float[Tensor, "kept width"]]:
+        """D and W of these tasks' outputs, in their order."""
+        if [c.start for c in self._columns] == [0, *(c.stop for c in self._columns[:-1])]:
+            kept = self._columns[-1].stop
+            return (self._D, self._W) if kept == len(self._W) else (self._D[:, :kept], self._W[:kept])
+        places = torch.tensor([i for c in self._columns for i in range(c.start, c.stop)], device=self._D.device)
+        return self._D[:, places], self._W[places]
+
+    def _owner(self) -> Tensor:
+        """Whose each of these outputs is."""
+        return torch.tensor(
+            [k for k, c in enumerate(self._columns) for _ in range(c.start, c.stop)], device=self._D.device
+        )
 
     def rows(self) -> Float[Tensor, "tasks coordinates"]:
         examples, width = len(self._D), self._W.shape[1]
@@ -169,8 +180,3 @@ class LinearGradients(TaskGradients):
 
     def select(self, kept: list[int]) -> LinearGradients:
         return LinearGradients(self._D, self._W, [self._columns[k] for k in kept], self._workspace)
-
-
-def _both(total: Float[Tensor, " piece"], size: Float[Tensor, " piece"]) -> Pulls:
-    """The positive and the negative part of a sum, from it and the sum of absolute values."""
-    return (total + size).div_(2).clamp_(min=0), (total - size).div_(2).clamp_(max=0)

@@ -59,19 +59,17 @@ class GradDrop(GradientAggregator):
         return super().direction_at(gradients, scale, losses) if self.every > 1 else self._drop(gradients)
 
     def _drop(self, gradients: TaskGradients) -> Float[Tensor, " coordinates"]:
-        p = torch.as_tensor(self.p)
-        leak = torch.as_tensor(self._leak())
+        p, leak = torch.as_tensor(self.p), torch.as_tensor(self._leak())
         # a generator of the device, seeded from the one that state_dict keeps
-        seed, generator, kept = int(self.rng.integers(2**62)), None, []
-        passing = gradients.pulls(p * leak) if leak.any() else itertools.repeat(None)
-        for (up, down), anyway in zip(gradients.pulls(p), passing, strict=False):
-            generator = generator or torch.Generator(up.device).manual_seed(seed)
-            U = torch.rand(len(up), dtype=up.dtype, generator=generator, device=up.device)
-            chosen = up > U.mul_(up - down)  # P > U, P being the positive part of the whole
-            if anyway is not None:
-                up, down = up + anyway[1], down + anyway[0]
-            kept.append(torch.where(chosen, up, down))
-        return torch.cat(kept).to(gradients.dtype)
+        seed, generator, found = int(self.rng.integers(2**62)), None, []
+        without = gradients.pulls(p * (1 - leak)) if leak.any() else itertools.repeat(None)
+        for (total, size), rest in zip(gradients.pulls(p), without, strict=False):
+            generator = generator or torch.Generator(total.device).manual_seed(seed)
+            # P > U where total > V size, V = 2U - 1; what is kept is (total + size) / 2 there, (total - size) / 2 elsewhere
+            turn = torch.empty_like(size).uniform_(-1, 1, generator=generator).mul_(size).sub_(total)
+            kept, size = rest or (total, size)
+            found.append(size.copysign_(turn).add_(kept).mul_(-0.5).add_(total))
+        return torch.cat(found).to(gradients.dtype)
 
     def _leak(self) -> list[float]:
         if isinstance(self.leak, int | float):

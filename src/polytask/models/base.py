@@ -81,15 +81,14 @@ class HardSharing(MultiTaskModel):
         return self._names
 
     def forward(self, inputs: Any, tasks: Collection[str] | None = None) -> dict[str, Tensor]:
-        names = [n for n in self._names if tasks is None or n in tasks]
         self.features.clear()
         z = self.trunk(inputs)
-        heads = {n: self.heads[self._names.index(n)] for n in names}
+        heads = {n: head for n, head in zip(self._names, self.heads, strict=True) if tasks is None or n in tasks}
         if torch.is_grad_enabled() and z.requires_grad and LinearHeads.fits(heads.values()):
             port = LinearHeads(z, cast(dict[str, nn.Linear], heads))
             self.features["features"] = port
             return port.outputs
-        copies = self.fan_out(z, names)
+        copies = self.fan_out(z, list(heads))
         return {n: head(copies[n]) for n, head in heads.items()}
 
     def task_parameters(self, name: str) -> Iterator[nn.Parameter]:
