@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from polytask.errors import InputError
 from polytask.models import HardSharing
-from polytask.tasks import Regression, Task, Tasks
+from polytask.tasks import Binary, Multiclass, Multilabel, Regression, Task, Tasks
 from polytask.training import TaskData, diagnose
 from polytask.training.diagnosis import _jackknife_p
 
@@ -119,3 +120,107 @@ def test_one_task_has_nothing_to_interfere_with(diabetes) -> None:
     part = diabetes.train.rows(slice(0, 20))
     with pytest.raises(InputError, match="at least two mini-batches"):
         diagnose(diabetes.model(), [(part.inputs, part.targets)], diabetes.tasks)
+
+
+class Outputs(nn.Module):
+    """Somebody's module: nothing of it is ours."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.heads = nn.Linear(5, 6), nn.ModuleDict({n: nn.Linear(6, size) for n, size in sizes.items()})
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {n: head(self.trunk(x).tanh()) for n, head in self.heads.items()}
+
+
+def labelled_batches(number: int = 4) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    draw = torch.Generator().manual_seed(1)
+
+    def batch() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        labels = {
+            "number": torch.randn(16, generator=draw),
+            "class": torch.randint(0, 3, (16,), generator=draw),
+            "flag": torch.randint(0, 2, (16,), generator=draw).float(),
+            "flags": torch.randint(0, 2, (16, 2), generator=draw).float(),
+        }
+        return torch.randn(16, 5, generator=draw), labels
+
+    return [batch() for _ in range(number)]
+
+
+def test_any_model_and_loader_tell_their_tasks() -> None:
+    model, batches = Outputs({"number": 1, "class": 3, "flag": 1, "flags": 2}), labelled_batches()
+    tasks = Tasks(
+        [
+            Task("number", Regression()),
+            Task("class", Multiclass(3)),
+            Task("flag", Binary()),
+            Task("flags", Multilabel(2)),
+        ]
+    )
+
+    def by_hand(m: nn.Module, batch) -> dict[str, torch.Tensor]:
+        return tasks.losses(m(batch[0]), batch[1])
+
+    found = diagnose(model, batches)
+    assert found.tasks == ("number", "class", "flag", "flags")
+    for other in (diagnose(model, batches, tasks), diagnose(model, batches, by_hand)):
+        np.testing.assert_allclose(other.cosine, found.cosine, rtol=1e-12)
+    with torch.no_grad():
+        np.testing.assert_allclose(diagnose(model, batches, shared=model.trunk).cosine, found.cosine, atol=1e-6)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_labels_one_after_another_and_models_that_return_losses() -> None:
+    model = Outputs({"number": 1, "flag": 1})
+    batches = [(x, {n: y[n] for n in ("number", "flag")}) for x, y in labelled_batches()]
+    expected = diagnose(model, batches).cosine
+    apart = [(x, *y.values()) for x, y in batches]
+    joined = [(x, torch.stack(list(y.values()), 1)) for x, y in batches]
+    numbers = Tasks([Task("number", Regression()), Task("flag", Binary())])
+    np.testing.assert_allclose(diagnose(model, apart).cosine, expected, rtol=1e-12)
+    np.testing.assert_allclose(diagnose(model, joined).cosine, diagnose(model, apart, numbers).cosine, rtol=1e-12)
+
+    class Losses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, labels) -> dict[str, torch.Tensor]:
+            return numbers.losses(self.inner(x), labels)
+
+    named = [{"x": x, "labels": y} for x, y in batches]
+    np.testing.assert_allclose(diagnose(Losses(), named).cosine, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("model", "batches", "sentence"),
+    [
+        (nn.ReLU(), [], "no parameters"),
+        (nn.Linear(5, 1), labelled_batches(), "the model returned Tensor"),
+        (Outputs({"number": 1, "flag": 1}), [torch.randn(4, 5)] * 3, "labels of the tasks number, flag are expected"),
+        (Outputs({"number": 2, "flag": 1}), labelled_batches(), "what kind of task 'number' is cannot be told"),
+        (Outputs({"number": 1, "flag": 1}), labelled_batches(1), "at least two mini-batches, and there are 1"),
+        (Outputs({"number": 1}), labelled_batches(), "nothing is shared|at least two tasks"),
+    ],
+)
+def test_what_cannot_be_diagnosed_is_said(model, batches, sentence) -> None:
+    with pytest.raises(InputError, match=sentence):
+        diagnose(model, batches)
+
+
+def test_a_diagnosis_is_shown_as_table_sentences_and_heat_map() -> None:
+    found = diagnose(
+        Outputs({"number": 1, "class": 3}), [(x, {"a<b": y["number"], **y}) for x, y in labelled_batches()]
+    )
+    text = str(found)
+    assert text.startswith("Cosine between task gradients over 4 mini-batches\n")
+    assert f"{found.cosine[0, 1]:.2f}".replace("-", "−") in found.table()
+    assert all(s in text for s in found.sentences)
+    page = ElementTree.fromstring(found.heat_map())
+    cells = [t.text for t in page.iter("{http://www.w3.org/2000/svg}text")]
+    assert f"{found.null[1]:.2f}".replace("-", "−") in cells
+    assert len(page.findall("{http://www.w3.org/2000/svg}rect")) == 4
+    assert all(s.partition(":")[0] in found._repr_html_() for s in found.sentences)

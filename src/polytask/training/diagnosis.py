@@ -7,20 +7,23 @@ multi-task learning). A negative cosine between tasks therefore means interferen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from html import escape
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from polytask.autograd import Shared, jacobian
 from polytask.errors import InputError
-from polytask.models import MultiTaskModel
 from polytask.tasks import Tasks
-from polytask.training.data import Batch, TaskData, TrainingData, epoch_order, to_device
+from polytask.training.data import TaskData, epoch_order
+from polytask.training.diagnosed import Diagnosed, LossesOf
+from polytask.training.diagnosis_shown import heat_map, table
 
 Array = npt.NDArray[np.float64]
 
@@ -56,6 +59,25 @@ class Diagnosis:
     conflicting: tuple[tuple[int, int], ...]
     sentences: tuple[str, ...]
 
+    def table(self) -> str:
+        """Cosines of every pair, with each task's own between mini-batches, how often these conflict, and the gradients' norms."""
+        columns = (("own cosine", self.null), ("own conflict", self.null_conflict_rate), ("norm", self.norm))
+        return table(self.tasks, self.cosine, columns)
+
+    def heat_map(self) -> str:
+        """The cosines as an SVG, each task's own between mini-batches on the diagonal."""
+        cells = self.cosine.copy()
+        np.fill_diagonal(cells, self.null)
+        return heat_map(self.tasks, cells, f"Cosine between task gradients over {self.batches} mini-batches")
+
+    def __str__(self) -> str:
+        return "\n".join(
+            (f"Cosine between task gradients over {self.batches} mini-batches", self.table(), *self.sentences)
+        )
+
+    def _repr_html_(self) -> str:
+        return self.heat_map() + "".join(f"<p>{escape(s)}</p>" for s in self.sentences)
+
     def to_json(self) -> dict[str, Any]:
         """Everything, JSON-ready, None where a number is unknown."""
         arrays = {
@@ -73,7 +95,14 @@ class Diagnosis:
 
 
 def diagnose(
-    model: MultiTaskModel, data: TrainingData, tasks: Tasks, batches: int = 8, *, batch_size: int = 256, seed: int = 0
+    model: nn.Module,
+    data: TaskData | Iterable[Any],
+    tasks: Tasks | LossesOf | None = None,
+    batches: int = 8,
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    shared: Shared = None,
 ) -> Diagnosis:
     r"""Compare the conflict between tasks with the conflict between mini-batches of one task.
 
@@ -86,22 +115,27 @@ def diagnose(
       mini-batches into account by the jackknife, at 5 % over all pairs together (Holm).
 
     Args:
-        model: the model, left as it was.
-        data: rows in memory, or an iterable of batches, of which the first ``batches`` are used.
-        tasks: at least two of the model's tasks.
+        model: any module that returns {task: output}, or {task: loss}; left as it was.
+        data: rows in memory, or an iterable of batches, of which the first ``batches`` are used: (inputs, labels), these by name or one
+            after another in the order of the outputs.
+        tasks: at least two; or a function (model, batch) -> {task: loss}, for anything else. When omitted, the model's own, or what kinds
+            outputs and labels look like: classes, yes or no, numbers.
         batches: M; at least 3 are needed for the test.
         batch_size: rows of a mini-batch (rows in memory only), fewer where the data is short.
         seed: which rows.
+        shared: the parameters looked at; when omitted those the model declares, or that at least two losses reach.
+
+    Returns:
+        Numbers, sentences, ``table()`` and ``heat_map()``: ``print`` shows the first three, a notebook the last.
 
     Raises:
-        InputError: fewer than two tasks.
+        InputError: fewer than two tasks or mini-batches, nothing shared, or losses that cannot be found.
 
     Cost: M forward passes, M x K backward passes and M x K x P numbers on the host; nothing is drawn from the global generators.
     """
-    if len(tasks) < 2:
+    if isinstance(tasks, Tasks) and len(tasks) < 2:
         raise InputError("interference needs at least two tasks")
-    names = tuple(tasks)
-    rows = _gradients(model, data, tasks, batches, batch_size, seed)
+    names, rows = _gradients(Diagnosed(model, tasks), data, batches, batch_size, seed, shared)
     M = rows.shape[0]
     norms = rows.norm(dim=2)
     unit = torch.where(
@@ -121,35 +155,33 @@ def diagnose(
 
 
 def _gradients(
-    model: MultiTaskModel, data: TrainingData, tasks: Tasks, batches: int, batch_size: int, seed: int
-) -> Tensor:
+    diagnosed: Diagnosed, data: TaskData | Iterable[Any], batches: int, batch_size: int, seed: int, shared: Shared
+) -> tuple[tuple[str, ...], Tensor]:
     """Exact gradients of the shared parameters, shape (batches, tasks, P), on the host; zeros for a task without labels there."""
-    parameters = [p for p in model.shared_parameters() if p.requires_grad]
-    device = parameters[0].device
-    rows = []
-    was_training = model.training
-    model.eval()
+    found: list[dict[str, Tensor]] = []
+    parameters: list[Tensor] = []
+    was_training = diagnosed.model.training
+    diagnosed.model.eval()
     try:
-        for inputs, targets in _some(data, batches, batch_size, seed):
-            losses = tasks.losses(model(to_device(inputs, device), tasks=tuple(tasks)), to_device(targets, device))
-            row = torch.zeros(len(tasks), sum(p.numel() for p in parameters))
-            present = list(losses)
-            for k, name in enumerate(tasks):
-                if name in losses:
-                    found = torch.autograd.grad(
-                        losses[name], parameters, retain_graph=name != present[-1], allow_unused=True
-                    )
-                    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-                    row[k] = torch.cat([g.reshape(-1) for g in flat]).cpu()
-            rows.append(row)
+        for batch in _some(data, batches, batch_size, seed):
+            with torch.enable_grad():
+                losses = diagnosed.losses(batch)
+            if not parameters and losses:
+                parameters = diagnosed.shared(losses, shared)
+            rows = jacobian(list(losses.values()), parameters)[0].cpu().clone() if losses else ()
+            found.append(dict(zip(losses, rows, strict=True)))
     finally:
-        model.train(was_training)
-    if len(rows) < 2:
-        raise InputError(f"a diagnosis of interference needs at least two mini-batches, and there are {len(rows)}")
-    return torch.stack(rows)
+        diagnosed.model.train(was_training)
+    if len(found) < 2:
+        raise InputError(f"a diagnosis of interference needs at least two mini-batches, and there are {len(found)}")
+    names = tuple(diagnosed.tasks or dict.fromkeys(n for each in found for n in each))
+    if len(names) < 2:
+        raise InputError("interference needs at least two tasks")
+    nothing = torch.zeros(sum(p.numel() for p in parameters))
+    return names, torch.stack([torch.stack([each.get(n, nothing) for n in names]) for each in found])
 
 
-def _some(data: TrainingData, batches: int, batch_size: int, seed: int) -> Iterator[Batch]:
+def _some(data: TaskData | Iterable[Any], batches: int, batch_size: int, seed: int) -> Iterator[Any]:
     """The first mini-batches of an iterable, or disjoint random ones of rows in memory."""
     if not isinstance(data, TaskData):
         yield from islice(data, batches)
