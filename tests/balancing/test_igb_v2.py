@@ -13,6 +13,7 @@ from torch.distributions.transforms import TanhTransform
 from polytask.balancing import make
 from polytask.balancing.soft_actor_critic import SoftActorCritic
 from polytask.errors import InputError
+from polytask.training import load_checkpoint, save_checkpoint
 
 L = torch.tensor([0.5, 2.0, 4.0], dtype=torch.float64)
 SMALL = {"base_epoch": 0, "after": 1, "start": 2, "interval": 4, "batch": 8, "hidden": (6, 5), "memory": 6}
@@ -214,3 +215,20 @@ class TestAgent:
         learnt = np.mean([agent.act(state, s, rng)[0] for _ in range(200)])
         assert before < 1.4
         assert learnt > 1.6
+
+    def test_survives_a_checkpoint_on_disk(self, tmp_path):
+        def steps(balancer, numbers):
+            found = []
+            for n in numbers:
+                if n % 3 == 0:
+                    balancer.begin_epoch()
+                found.append(balancer.weights(L * (1 - 0.01 * n * torch.tensor([1.0, 0.5, 0.2]))))
+            return torch.stack(found)
+
+        straight, first, second = (make("igb_v2", seed=seed, **SMALL) for seed in (1, 1, 2))
+        expected = steps(straight, range(30))
+        steps(first, range(17))
+        assert first.state["agent"]["lessons"] > 0
+        save_checkpoint(tmp_path / "state", first.state_dict())
+        second.load_state_dict(load_checkpoint(tmp_path / "state"))
+        assert torch.equal(steps(second, range(17, 30)), expected[17:])

@@ -106,7 +106,7 @@ class IGBv2(LossWeighting):
     def begin_epoch(self) -> None:
         mean = self.running.end(self.state)
         if mean is not None and self.state["epoch"] - 1 == self.base_epoch:
-            self.state["base"] = mean
+            self.state["base"] = mean.cpu()
             self.state["last"][:] = -1  # what was seen before was not measured
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,7 @@ class IGBv2(LossWeighting):
     def _observe(self, agent: SoftActorCritic, values: Vector) -> None:
         """Measure the losses, and let the agent remember what its last weights led to."""
         state = self.state
-        base = state["base"].double().cpu().numpy()[self.active]
+        base = state["base"].double().numpy()[self.active]
         known = ~np.isnan(base)
         before = state["seen"].copy()
         state["seen"][self.active] = np.where(known, values / np.where(known, base, 1.0), 1.0)
