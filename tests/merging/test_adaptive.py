@@ -93,15 +93,38 @@ WALK = {"labels": True, "start": 0.0, "stride": 1.0}
 """Frank and Wolfe's own step from the base on, as far as labels lead."""
 
 
-@pytest.mark.parametrize(
-    ("name", "options"), [("regmean_pp", {}), ("frank_wolfe", {**WALK, "wise": "layer", "steps": 100})]
-)
+KNOWING: list[tuple[str, dict[str, object]]] = [
+    ("regmean_pp", {}),
+    ("frank_wolfe", {**WALK, "wise": "layer", "steps": 100}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), KNOWING)
 def test_what_knows_layers_or_labels_does_better_than_the_mean(
     name: str, options: dict[str, object], world: tuple[nn.Sequential, State, dict[str, State]]
 ) -> None:
     model, base, experts = world
-    found = adapt(model, base, experts, inputs(bool(options)), name, **options)
+    found = adapt(model, base, experts, inputs("labels" in options), name, **options)
     assert accuracy(model, found) > max(accuracy(model, base), accuracy(model, merge(base, experts, "average")))
+
+
+@pytest.mark.parametrize("name", ["adamerging", "adarank"])
+def test_labels_lead_to_lower_loss_and_entropy_to_lower_entropy(
+    name: str, world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+    quick = {"steps": 60, "learning_rate": 0.02, "check": False}
+    right = adapt(model, base, experts, inputs(labels=True), name, labels=True, **quick)
+    sure = adapt(model, base, experts, inputs(), name, **quick)
+    start = adapt(model, base, experts, inputs(), name, **quick | {"steps": 0})
+
+    def loss(state: State) -> float:
+        model.load_state_dict(state)
+        with torch.no_grad():
+            return float(sum(F.cross_entropy(model(x), y) for pairs in inputs(labels=True).values() for x, y in pairs))
+
+    assert loss(right) < min(loss(start), loss(sure))
+    assert uncertainty(model, sure) < min(uncertainty(model, start), uncertainty(model, right))
 
 
 def uncertainty(model: nn.Module, state: State) -> float:

@@ -181,13 +181,37 @@ def test_methods_that_learn_get_small_batches_and_labels_where_they_take_them(tm
 
     asked = [Candidate("look", look), candidate("frank_wolfe", experts=T, options={"steps": 4, "stride": 0.5})]
     found = by_name(compare(tasks(), lineage(), asked, folder=tmp_path, proxy_rows=24))
-    assert [len(x) for x in seen["plain"]["left"]] == [16, 8]
+    assert [len(x) for x in seen["plain"]["left"]] == [16, 16, 8]
     x, y = seen["labelled"]["middle"][0]
-    assert torch.equal(x, seen["plain"]["middle"][0])
     assert torch.equal(y, (x[:, 2] > 0).long())
-    # it is given labels, and the better of two starts is chosen on validation rows
+    # labels are those of the first half; the second one judges what was learned from them
+    known = torch.cat([x for x, _ in seen["labelled"]["middle"]])
+    assert sorted(known[:, 2].tolist()) == sorted(tasks()[1].validation.inputs[:20, 2].tolist())
+    # Frank-Wolfe is given labels, and the better of two starts is chosen; what is said stays
     assert found["frank_wolfe"]["chosen"][0]["labels"] is True
     assert [t["options"] for t in found["frank_wolfe"]["tried"][0]] == [{"start": 0.3}, {"start": 0.3333}]
+
+
+def test_what_learns_labels_by_heart_is_judged_by_others(tmp_path: Path) -> None:
+    """A model that is right about the rows it was given, and wrong about all others, scores nothing on validation."""
+
+    class ByHeart(nn.Module):
+        def __init__(self, name: str, line: Lineage) -> None:
+            super().__init__()
+            self.rows = {tuple(r) for r in line.labelled[name].inputs.tolist()}
+            self.expert = build(name, line.experts[name])
+
+        def forward(self, x: Tensor) -> Tensor:
+            known = [tuple(r) in self.rows for r in x.tolist()]
+            return self.expert(x) * torch.where(torch.tensor(known), 1.0, -1.0)[:, None]
+
+    learnt = [
+        Candidate(n, lambda line: {t: ByHeart(t, line) for t in NAMES}, labels=labels)
+        for n, labels in (("by heart", True), ("by heart, judged by all", False))
+    ]
+    found = by_name(compare(tasks(), lineage(), learnt, folder=tmp_path))
+    assert found["by heart"]["validation_score"] == 0
+    assert found["by heart, judged by all"]["validation_score"] == 0.5
 
 
 def test_what_is_finished_is_kept(tmp_path: Path) -> None:

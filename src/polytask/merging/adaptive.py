@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, place_of
@@ -59,6 +60,14 @@ class Bench:
             args, named = (), inputs
         return logits_of(functional_call(self.model, {**W, **self.apart[expert]}, tuple(args), named))
 
+    def loss(self, W: Mapping[str, Tensor], expert: str, batch: Any) -> Float[Tensor, ""]:
+        """What the answers to a batch are judged by: their cross-entropy where there are labels, else their entropy."""
+        if not self.labelled:
+            return entropy(self.logits(W, expert, batch))
+        inputs, labels = batch
+        z = self.logits(W, expert, inputs)
+        return F.cross_entropy(z.flatten(0, -2), labels.flatten())
+
     @torch.no_grad()
     def agreement(self, W: Mapping[str, Tensor]) -> Float[Tensor, " inputs"]:
         """Which inputs a model with the shared tensors W answers as their task's expert does: 1 or 0, the tasks' one after another."""
@@ -80,11 +89,13 @@ class Adaptive(ABC):
 
     Attributes:
         takes_labels: whether its batches are pairs of inputs and labels.
+        learns: whether it descends on batches, and so wants as many inputs as there are; few do for statistics.
     """
 
     method: ClassVar[Method]
     needs: ClassVar[str] = "inputs"
     takes_labels: bool = False
+    learns: ClassVar[bool] = True
 
     @abstractmethod
     def fit(self, bench: Bench) -> dict[str, Tensor]:
@@ -105,7 +116,7 @@ def settle(
     learning_rate: float,
     unit: bool = False,
 ) -> None:
-    """Move what was chosen so that the merged model becomes sure of its answers: Adam on the sum of the tasks' entropies.
+    """Make the merged model sure of its answers, or right about labels: Adam on the sum of the tasks' losses.
 
     Args:
         bench: what the model is run on, one batch of every task a step.
@@ -122,7 +133,7 @@ def settle(
     optimizer = torch.optim.Adam(learned, lr=learning_rate)
     for _ in range(steps):
         W = merged()
-        total = torch.stack([entropy(bench.logits(W, t, bench.next_batch(t))) for t in bench.batches]).sum()
+        total = torch.stack([bench.loss(W, t, bench.next_batch(t)) for t in bench.batches]).sum()
         optimizer.zero_grad()
         total.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

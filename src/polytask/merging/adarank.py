@@ -35,6 +35,7 @@ class AdaRank(Adaptive):
         centred: start from the mean of the experts, the paper's better variant.
         steps: of Adam, each on one batch of every task; 10,000 in the paper's experiments.
         learning_rate: of Adam, on a, whose entries start at 0.1 and -0.1, and on :math:`\lambda`.
+        labels: take batches of inputs and labels and descend their cross-entropy, which the paper does not.
 
     Cost: T eigendecompositions a matrix at first; a forward and a backward pass a step and task.
     """
@@ -47,11 +48,12 @@ class AdaRank(Adaptive):
         centred: bool = True,
         steps: int = 500,
         learning_rate: float = 1e-3,
+        labels: bool = False,
     ) -> None:
         in_range(rank, "the rank of adarank", 0, 1)
         in_range(learning_rate, "the learning rate of adarank", 0, float("inf"), open_low=True)
         self.scale, self.rank, self.centred = scale, rank, centred
-        self.steps, self.learning_rate = steps, learning_rate
+        self.steps, self.learning_rate, self.takes_labels = steps, learning_rate, labels
 
     def fit(self, bench: Bench) -> dict[str, Tensor]:
         T, names = len(bench.batches), list(bench.W0)

@@ -7,10 +7,9 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
 from polytask.errors import InputError
-from polytask.merging.adaptive import Adaptive, Bench, entropy
+from polytask.merging.adaptive import Adaptive, Bench
 from polytask.merging.base import in_range
 from polytask.registry import register
 
@@ -79,11 +78,6 @@ class FrankWolfe(Adaptive):
         leaves = {n: w.detach().clone().requires_grad_() for n, w in W.items()}
         for t, batches in bench.batches.items():
             for batch in batches:
-                (self._loss(bench, leaves, t, batch) / len(batches)).backward()
+                loss = bench.loss(leaves, t, batch) / len(batches)
+                loss.backward()  # type: ignore[no-untyped-call]
         return {n: torch.zeros_like(W[n]) if v.grad is None else v.grad for n, v in leaves.items()}
-
-    def _loss(self, bench: Bench, W: dict[str, Tensor], task: str, batch: object) -> Float[Tensor, ""]:
-        if not self.takes_labels:
-            return entropy(bench.logits(W, task, batch))
-        inputs, labels = batch  # type: ignore[misc]
-        return F.cross_entropy(bench.logits(W, task, inputs), labels)

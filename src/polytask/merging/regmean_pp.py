@@ -35,6 +35,8 @@ class RegMeanPlusPlus(Adaptive):
     Cost: a forward pass for every layer and task, and an n x n solve for every layer of n inputs.
     """
 
+    learns = False
+
     def __init__(self, *, alpha: float = 0.9) -> None:
         self.regmean = RegMean(alpha=alpha)
         self.alpha = alpha

@@ -41,6 +41,7 @@ class Candidate:
         role: ``reference``, ``baseline`` or ``method``.
         statistic: what must be gathered before, timed apart: ``gramian`` or ``fisher``.
         fixed: options that are not chosen; they are handed to ``make`` too.
+        labels: whether it learns from labels: from those of the first half of the validation rows, and is judged by the second.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Candidate:
     role: str = "method"
     statistic: str | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    labels: bool = False
 
 
 def references() -> list[Candidate]:

@@ -75,7 +75,8 @@ def compare(
     """Judge candidates on tasks, with the experts, the base and task arithmetic always among them.
 
     For every seed, every candidate's options are chosen by the mean over tasks of its validation accuracy relative to the expert's, with
-    at most ``trials`` settings; the chosen one alone is run on the test rows. What is finished lies in ``folder`` and is taken from there
+    at most ``trials`` settings (of those that learn from labels, on the half they do not learn from); the chosen one alone is run on the
+    test rows. What is finished lies in ``folder`` and is taken from there
     when the same comparison is started again. Intervals come from a bootstrap over test rows, the same ones for all candidates, and over
     seeds where there are several.
 
@@ -87,7 +88,8 @@ def compare(
         folder: where results are kept and ``results.json`` is written.
         seeds: each is one lineage, or one draw of the random methods.
         trials: settings that each candidate of the registry may try.
-        proxy_rows: validation inputs of each task that statistics are gathered on, where the task has no proxy of its own.
+        proxy_rows: inputs of each task that statistics are gathered on, of validation where the task has no proxy of its own; methods
+            that learn from inputs are given all.
         left_out: methods that take no part, with the reason: they are named in the results.
         fingerprint: what else a stored result hangs on, such as the state of the files.
         progress: told of every candidate that starts and finishes.
@@ -150,8 +152,14 @@ def _ready(line: Lineage, tasks: Sequence[MergeTask], seed: int, proxy_rows: int
     line.proxies = {t.name: (t.proxy or t.validation).rows(slice(proxy_rows)).inputs for t in tasks} | dict(
         line.proxies
     )
-    line.labelled = {t.name: t.validation.rows(slice(proxy_rows)) for t in tasks} | dict(line.labelled)
+    line.unlabelled = {t.name: t.proxy or t.validation for t in tasks} | dict(line.unlabelled)
+    line.labelled = {t.name: t.validation.rows(slice(halves(t))) for t in tasks} | dict(line.labelled)
     return line
+
+
+def halves(task: MergeTask) -> int:
+    """Where the validation rows end that methods may learn from by their labels."""
+    return (len(task.validation) + 1) // 2
 
 
 class _Table:
@@ -171,6 +179,7 @@ class _Table:
         """The stored result, or a new one that is stored."""
         file = self.folder / f"{candidate.name.replace('/', '_')}_seed-{line.seed}.safetensors"
         said = [candidate.name, candidate.axes, candidate.fixed, line.seed, self.fingerprint, polytask.__version__]
+        said += ["labels"] * candidate.labels
         said += [[t.name, len(t.validation), len(t.test)] for t in self.tasks]
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
         found = _read(file, digest)
@@ -202,8 +211,9 @@ class _Table:
             note(", ".join(f"{n} {v}" for n, v in options.items()))
             with measured() as cost:
                 outcome = candidate.make(line, **candidate.fixed, **options)
-            accuracy = self._accuracy(line, outcome)
-            score = float(np.mean([a / self.experts.get(t, a or 1.0) for t, a in accuracy.items()]))
+            accuracy = self._accuracy(line, outcome, candidate.labels)
+            reached = self._accuracy(line, line.experts, True) if candidate.labels else self.experts
+            score = float(np.mean([a / (reached.get(t) or a or 1.0) for t, a in accuracy.items()]))
             settings.tell(score)
             tried.append({"options": options, "score": score, "seconds": cost.seconds})
             if best is None or score > best[0]:
@@ -222,8 +232,13 @@ class _Table:
         }
         return Judged(record, test)
 
-    def _accuracy(self, line: Lineage, outcome: Outcome) -> dict[str, float]:
-        return {t.name: float(hits(line.model(t.name, outcome), t.name, t.validation).mean()) for t in self.tasks}
+    def _accuracy(self, line: Lineage, outcome: Outcome, unseen: bool) -> dict[str, float]:
+        """On validation rows, or on those alone that nothing was learned from."""
+        found = {}
+        for t in self.tasks:
+            rows = t.validation.rows(slice(halves(t) if unseen else 0, None))
+            found[t.name] = float(hits(line.model(t.name, outcome), t.name, rows).mean()) if len(rows) else 0.0
+        return found
 
 
 class Settings:

@@ -61,7 +61,8 @@ class Lineage:
         head: patterns of tensors that every expert keeps for itself, such as ``"classifier.*"``.
         seed: of all random draws, and the number of this lineage where there are several.
         proxies: {task: inputs that statistics are gathered on}; filled by :func:`~polytask.training.merges.compare`.
-        labelled: {task: as many validation rows}, for methods that learn from labels; filled as well.
+        unlabelled: {task: rows whose inputs are learned from}, all there are of a proxy, or of validation; filled as well.
+        labelled: {task: rows that are learned from with their labels}, the first half of validation; filled as well.
     """
 
     base: State
@@ -70,6 +71,7 @@ class Lineage:
     head: tuple[str, ...] = ()
     seed: int = 0
     proxies: Mapping[str, Any] = field(default_factory=dict)
+    unlabelled: Mapping[str, TaskData] = field(default_factory=dict)
     labelled: Mapping[str, TaskData] = field(default_factory=dict)
     gathered: dict[str, tuple[list[dict[str, Tensor]], float]] = field(default_factory=dict, repr=False)
 
@@ -97,15 +99,12 @@ class Lineage:
         return found
 
     def batches(self, labels: bool = False) -> dict[str, list[Any]]:
-        """What is learned on: {task: its proxy inputs, or pairs of validation inputs and labels, a few rows a batch}."""
-        if labels:
-            pairs = {t: [data.rows(s) for s in slices(len(data))] for t, data in self.labelled.items()}
-            return {t: [(b.inputs, b.targets[t]) for b in parts] for t, parts in pairs.items()}
+        """What is learned from: {task: inputs, or pairs of inputs and labels, a few rows a batch}, in an order drawn by the seed."""
         found = {}
-        for t, inputs in self.proxies.items():
-            # positional arguments are one batch as they are
-            data = TaskData(inputs, {}) if isinstance(inputs, Tensor | Mapping) else None
-            found[t] = [inputs] if data is None else [data.rows(s).inputs for s in slices(len(data))]
+        for t, data in (self.labelled if labels else self.unlabelled).items():
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.seed))
+            cut = [data.rows(rows) for rows in order.split(LEARNED_ON)]
+            found[t] = [(b.inputs, b.targets[t]) if labels else b.inputs for b in cut]
         return found
 
     def statistics(self, kind: str) -> list[dict[str, Tensor]]:
@@ -120,11 +119,6 @@ class Lineage:
             found = [GATHER[kind](model, [inputs]) for model, inputs in models]
             self.gathered[kind] = (found, time.perf_counter() - started)
         return self.gathered[kind][0]
-
-
-def slices(count: int) -> list[slice]:
-    """Rows cut into batches to learn on."""
-    return [slice(i, i + LEARNED_ON) for i in range(0, count, LEARNED_ON)]
 
 
 @torch.no_grad()

@@ -19,18 +19,24 @@ from polytask.training.merges.lineage import Lineage, Outcome
 ROLES = {"adaptive": "method", "masking": "a mask for each task", "routing": "routed experts"}
 """What kind of model comes out, by the registry's family: only the first is one model of the base's size."""
 
+FROM_LABELS = ("frank_wolfe",)
+"""Methods that learn from labels in their papers, though they can do without."""
+
+STRIDES = (0.03, 0.3, 1.0)
+"""From the authors' stride to Frank and Wolfe's own."""
+
 
 def system(method: Method, options: Mapping[str, Any], label: str = "", *, experts: int = 0) -> Candidate:
     """A registered method of the families ``adaptive``, ``masking`` and ``routing`` as a candidate.
 
     These methods fit themselves: only where they start from is searched by itself, at the papers' 0.3 of all task vectors and at their
-    mean. Those that can learn from labels are given as many validation rows as others have proxy inputs.
+    mean, and how far they may walk. They learn from all inputs there are, and from labels where their papers do or options say so.
 
     Args:
         method: from the registry.
         options: a list is searched on validation, anything else is fixed.
         label: for people.
-        experts: T, 0 to search no start.
+        experts: T, 0 to search nothing but lists.
 
     Raises:
         InputError: an option that the method has not.
@@ -40,14 +46,22 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
         raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
     fixed = {n: v for n, v in options.items() if n not in axes}
-    if "start" in method.options and "start" not in options and experts:
-        axes["start"] = tuple(dict.fromkeys((method.options["start"], round(1 / experts, 4))))
-    if "labels" in method.options:
+    if experts:
+        tried = {"start": (method.options.get("start"), round(1 / experts, 4)), "stride": STRIDES}
+        axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
+    if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
     run = {"adaptive": _adapted, "masking": _masked, "routing": _routed}[method.family]
     statistic = "gramian" if method.family == "routing" else None
     return Candidate(
-        method.name, partial(run, method), axes, label or method.name, ROLES[method.family], statistic, fixed
+        method.name,
+        partial(run, method),
+        axes,
+        label or method.name,
+        ROLES[method.family],
+        statistic,
+        fixed,
+        bool(fixed.get("labels")),
     )
 
 
@@ -86,11 +100,12 @@ def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], d
 
 def _adapted(method: Method, lineage: Lineage, **options: Any) -> Outcome:
     first, state = next(iter(lineage.experts.items()))
+    few = {t: [x] for t, x in lineage.proxies.items()}
     return adapt(
         lineage.build(first, state),
         lineage.base,
         lineage.experts,
-        lineage.batches(labels=bool(options.get("labels"))),
+        lineage.batches(bool(options.get("labels"))) if method.factory.learns else few,
         method.name,
         skip=lineage.head,
         seed=lineage.seed,
