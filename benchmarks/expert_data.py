@@ -12,9 +12,10 @@ import io
 import json
 import wave
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 SIDE = 28
 MOST = {"train": 2000, "validation": 400, "test": 1000}
+MOST_TEXTS = {"train": 2000, "validation": 160, "test": 400}
 PARTS = tuple(MOST)
 
 Labelled = tuple[Tensor, Tensor]
@@ -69,7 +71,14 @@ def background(data: Path) -> Labelled:
     return torch.cat(images), torch.cat(labels)
 
 
-def task(name: str, inputs: Tensor, labels: Tensor, classes: int, held_out: Tensor | None = None) -> Task:
+def task(
+    name: str,
+    inputs: Tensor,
+    labels: Tensor,
+    classes: int,
+    held_out: Tensor | None = None,
+    most: Mapping[str, int] = MappingProxyType(MOST),
+) -> Task:
     """Split rows 60 : 15 : 25 within each class, or take the rows held out as test rows and 4 : 1 of the others."""
     g = torch.Generator().manual_seed(0)
     where = torch.empty(len(labels), dtype=torch.long)
@@ -81,7 +90,7 @@ def task(name: str, inputs: Tensor, labels: Tensor, classes: int, held_out: Tens
     if held_out is not None:
         where[held_out] = 2
     parts = {p: (inputs[where == i], labels[where == i]) for i, p in enumerate(PARTS)}
-    return Task(name, classes, {p: thinned(x, y, MOST[p], g) for p, (x, y) in parts.items()})
+    return Task(name, classes, {p: thinned(x, y, most[p], g) for p, (x, y) in parts.items()})
 
 
 def thinned(inputs: Tensor, labels: Tensor, most: int, g: torch.Generator) -> Labelled:
@@ -199,7 +208,7 @@ def text_tasks(data: Path, encode: Encode) -> list[Task]:
 def text_task(name: str, rows: list[tuple[str, str]], encode: Encode) -> Task:
     names = sorted({label for _, label in rows})
     labels = torch.tensor([names.index(label) for _, label in rows])
-    return task(name, encode([text for text, _ in rows]), labels, len(names))
+    return task(name, encode([text for text, _ in rows]), labels, len(names), most=MOST_TEXTS)
 
 
 def snips(data: Path) -> Iterator[tuple[str, str]]:

