@@ -40,7 +40,7 @@ def methods(
 
 
 def describe(method: Any) -> dict[str, Any]:
-    """One registered method, JSON-ready; options without a default are listed with null."""
+    """One registered method, JSON-ready; options without a default are listed with null, and why a property is not claimed by its name."""
     from inspect import Parameter
 
     return {
@@ -51,5 +51,6 @@ def describe(method: Any) -> dict[str, Any]:
         "summary": method.summary,
         "aliases": list(method.aliases),
         "invariances": list(method.invariances),
+        "exempt": dict(method.exempt),
         "options": {n: None if d is Parameter.empty else repr(d) for n, d in method.options.items()},
     }
