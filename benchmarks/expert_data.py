@@ -25,7 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 SIDE = 28
 MOST = {"train": 2000, "validation": 400, "test": 1000}
-MOST_TEXTS = {"train": 2000, "validation": 160, "test": 400}
+MOST_TEXTS = {"train": 2000, "validation": 100, "test": 250}
 PARTS = tuple(MOST)
 
 Labelled = tuple[Tensor, Tensor]

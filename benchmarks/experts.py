@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.utils import logging
 
-BATCH = {"vit": 64, "cnn": 64, "text": 32}
-TOKENS = 24
+BATCH = {"vit": 64, "cnn": 64, "text": 24}
+TOKENS = 16
 TURNS = 4
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
@@ -89,10 +89,10 @@ def minilm(classes: int) -> nn.Module:
 
 
 MAKE: dict[str, Callable[[int], nn.Module]] = {"vit": vit, "cnn": ConvNet, "text": minilm}
-STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 40, 60)}
+STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 40, 40)}
 """Steps of pre-training, of the warm-up on all tasks, and of fine-tuning."""
 
-RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 1e-4)}
+RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 2e-4)}
 EACH = 12
 """Rows of every task in a batch of the warm-up."""
 

@@ -97,10 +97,19 @@ def test_known_accuracies(tmp_path: Path) -> None:
     assert rows_["average"]["difference"] == {"mean": -1.0, "low": -1.0, "high": -1.0}
     assert found["verdict"]["method"] in ("task_arithmetic", "tsv_m")
     assert "average" not in found["verdict"]["alike"]
+    assert "Against the base with the experts' heads: +100.0 points" in found["verdict"]["text"]
     assert json.loads((tmp_path / "results.json").read_text()) == found
     seen = found["interference"]
     assert np.allclose(seen["cosine"], np.eye(T))
     assert np.allclose(seen["norm"], np.sqrt(8))
+
+
+def test_a_merge_that_is_no_better_than_its_base_is_called_that(tmp_path: Path) -> None:
+    line = lineage()
+    line.base["body.weight"][:] = -torch.eye(2 * T)  # right about every task
+    said = compare(tasks(), line, [merged("average", experts=T)], folder=tmp_path)["verdict"]
+    assert said["over_base"]["mean"] == 0
+    assert "It cannot be told from the base" in said["text"]
 
 
 def test_test_rows_choose_nothing(tmp_path: Path) -> None:

@@ -117,11 +117,12 @@ def _verdict(results: Results) -> Markup:
 def _tile(candidate: Mapping[str, Any]) -> Markup:
     mean, low, high = points(interval(candidate["normalised"]))
     by = points(interval(candidate["mean_accuracy"])).mean
+    spread = "" if candidate["name"] == "experts" else f"{bracket(low, high, 1)} of the experts; "
     return tag(
         "dl",
         tag("dt", candidate["label"]),
         tag("dd", f"{plain(mean, 1)} %", class_="value"),
-        tag("dd", f"{bracket(low, high, 1)} of the experts; mean accuracy {plain(by, 1)} %"),
+        tag("dd", f"{spread}mean accuracy {plain(by, 1)} %"),
     )
 
 
@@ -134,7 +135,9 @@ def _methods(results: Results) -> Markup:
     for c in rows:
         difference, effect = points(interval(c["difference"])), effect_of(c)
         title = f"{c['label']}: {plain(difference.mean, 1, sign=True)} points {bracket(difference.low, difference.high, 1, sign=True)}"
-        drawn = strip([(difference, effect.style)], axis, title, 30, ticks)
+        # the experts are what is kept of, and lie far off the stretch that tells methods apart
+        lanes = [] if c["name"] == "experts" else [(difference, effect.style)]
+        drawn = strip(lanes, axis, title, 30, ticks)
         chosen = tag("span", "chosen", class_="tagged") if c["name"] == results["verdict"]["method"] else None
         body.append(
             tag(
@@ -299,7 +302,7 @@ def _cost(results: Results) -> Markup:
     ]
     note = (
         "Seconds of one merge in memory with the chosen setting, and of gathering the statistics that a method needs; the bar adds both. "
-        "Peak memory is above what the process held before, and small models hide in what it had left over."
+        "Peak memory is above what the process held before, and small models hide in what it had left over (–)."
     )
     table = tag(
         "table", _head("Method", "One merge", "Statistics", "Peak memory", ""), tag("tbody", *body), class_="cards bars"
@@ -313,10 +316,12 @@ def whole_seconds(candidate: Mapping[str, Any]) -> float:
 
 
 def size(count: Any) -> str:
-    """Bytes for people."""
+    """Bytes for people; nothing seen above what the process held anyway is not nothing needed."""
     value = finite(count)
     if value is None:
         return MISSING
+    if not value:
+        return "–"
     units = ["B", "kB", "MB", "GB", "TB"]
     while value >= 1000 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -327,7 +332,7 @@ def _budget(results: Results, run: str) -> Markup:
     budget = results["budget"]
     facts = {
         "Settings tried, at most": budget["trials"],
-        "Proxy inputs a task": budget["proxy_rows"],
+        "Inputs a task for statistics": budget["proxy_rows"],
         "Seeds": ", ".join(map(str, budget["seeds"])),
         "Do it again": tag("code", f"polytask merge compare CONFIG.yml --out {shlex.quote(run)}"),
     }

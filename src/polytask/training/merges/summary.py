@@ -130,14 +130,15 @@ def _verdict(rows: Sequence[Mapping[str, Any]], drawn: Replicates, names: Sequen
     behind = {names[i]: drawn.difference(chosen, i, expert) for i in methods if i != chosen}
     alike = [n for n, d in behind.items() if not d.excludes_zero]
     ahead = [n for n, d in behind.items() if d.high < 0]
-    over = drawn.difference(chosen, baseline, expert)
+    over, over_base = (drawn.difference(chosen, j, expert) for j in (baseline, names.index(BASE)))
+    said = [_sentence(rows[chosen], over, chosen == baseline), _beside_base(over_base), *_others(alike, ahead)]
     return {
         "method": names[chosen],
         "over_baseline": over.to_json(),
-        "over_base": drawn.difference(chosen, names.index(BASE), expert).to_json(),
+        "over_base": over_base.to_json(),
         "alike": alike,
         "ahead": ahead,
-        "text": " ".join([_sentence(rows[chosen], over, chosen == baseline, alike, ahead), *map(_beyond, larger)]),
+        "text": " ".join([*said, *map(_beyond, larger)]),
     }
 
 
@@ -145,22 +146,30 @@ def _beyond(row: Mapping[str, Any]) -> str:
     return f"{row['label']} ({row['role']}) keeps {100 * row['normalised']['mean']:.1f} %."
 
 
-def _sentence(
-    row: Mapping[str, Any], over: Interval, is_baseline: bool, alike: Sequence[str], ahead: Sequence[str]
-) -> str:
+def _sentence(row: Mapping[str, Any], over: Interval, is_baseline: bool) -> str:
     kept = (
         f"{row['label']}, chosen on validation, keeps {100 * row['normalised']['mean']:.1f} % of the experts' accuracy"
     )
     if not is_baseline:
-        points = f"{100 * over.mean:+.1f} points [{100 * over.low:+.1f}, {100 * over.high:+.1f}]"
         word = ("more" if over.mean > 0 else "less") if over.excludes_zero else "not clearly other"
-        kept += f", {word} than tuned task arithmetic ({points})"
-    said = [kept + "."]
-    if ahead:
-        said.append(f"On test rows {', '.join(ahead)} did better.")
-    if alike:
-        said.append(f"Not told apart from it: {', '.join(alike)}.")
-    return " ".join(said)
+        kept += f", {word} than tuned task arithmetic ({_points(over)})"
+    return kept + "."
+
+
+def _beside_base(over: Interval) -> str:
+    """Whether merging was worth it at all."""
+    if not over.excludes_zero:
+        return f"It cannot be told from the base with the experts' heads ({_points(over)}): merging has not clearly gained anything."
+    return f"Against the base with the experts' heads: {_points(over)}."
+
+
+def _points(over: Interval) -> str:
+    return f"{100 * over.mean:+.1f} points [{100 * over.low:+.1f}, {100 * over.high:+.1f}]"
+
+
+def _others(alike: Sequence[str], ahead: Sequence[str]) -> list[str]:
+    said = [f"On test rows {', '.join(ahead)} did better."] if ahead else []
+    return [*said, f"Not told apart from it: {', '.join(alike)}."] if alike else said
 
 
 def _interference(found: Sequence[Interference]) -> dict[str, Any]:
