@@ -38,6 +38,33 @@ class TestGradOPS:
         for preference in ([1, 1, 1], [100, 1, 1], [1, 30, 0.1]):
             assert float((J2 @ make("gradops", preference=preference).direction(J2)).min()) >= -1e-12
 
+    @pytest.mark.parametrize("alpha", [-3.0, -1.0, 0.5, 2.0])
+    def test_powers_of_progress_weigh_what_is_left(self, alpha):
+        for seed in range(10):
+            J = gradients(seed, 4, 9)
+            left = torch.zeros_like(J)
+            for i in range(4):
+                others = J[[j for j in range(4) if j != i]]
+                inside = others.T @ torch.linalg.lstsq(others.T, J[i]).solution
+                left[i] = J[i] - inside if float((others @ J[i]).min()) < 0 else J[i]
+            progress = (J @ left.sum(0) / J.square().sum(1)).clamp_min(0)
+            w = torch.clamp(progress, min=1e-3 * float(progress.mean())) ** alpha
+            d = make("gradops", alpha=alpha).direction(J)
+            assert torch.allclose(d, (4 * w / w.sum()) @ left)
+            assert float((J @ d).min()) >= -1e-12
+
+    def test_the_power_chooses_whom_to_favour(self):
+        behind, plain, ahead = (make("gradops", alpha=a).direction(J2) for a in (-2.0, 0.0, 2.0))
+        progress = J2 @ plain / J2.square().sum(1)
+        worst, best = int(progress.argmin()), int(progress.argmax())
+        for favoured, i in ((behind, worst), (ahead, best)):
+            gains = J2 @ favoured / (J2 @ plain)
+            assert int(gains.argmax()) == i
+
+    def test_progress_does_not_depend_on_the_scale_of_the_losses(self):
+        d, e = (make("gradops", alpha=-1.5).direction(c * J2) for c in (1.0, 1e-6))
+        assert torch.allclose(e, 1e-6 * d, rtol=1e-9, atol=0)
+
     def test_a_gradient_within_the_span_of_the_others_leaves_nothing(self):
         J = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [-1.0, -3.0]], dtype=torch.float64)
         assert float(make("gradops").direction(J).norm()) < 1e-9
