@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from polytask.merging.on_disk import MergePlan
     from polytask.merging.proxy import Proxy
 
+METHOD = "task_arithmetic"
+
 Paths = Annotated[
     list[Path],
     typer.Argument(
@@ -38,7 +40,7 @@ def merge(
     paths: Paths,
     method: Annotated[
         str, typer.Option(metavar="NAME", help="As `polytask methods --family merging` lists them.")
-    ] = "task_arithmetic",
+    ] = METHOD,
     folder: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="The folder of the merged model.", show_default=False)
     ] = None,
@@ -106,7 +108,8 @@ def merge(
 
     inputs = _proxy(proxy, model)
     if paths[0].suffix in (".yml", ".yaml"):
-        plan, folder = _configured(paths, folder, inputs, given=bool(settings or filters or skip or no_base))
+        given = settings or filters or skip or no_base or dtype or seed or method != METHOD
+        plan, folder = _configured(paths, folder, inputs, given=bool(given))
     else:
         from polytask.merging.on_disk import MergePlan
 
@@ -140,7 +143,8 @@ def merge(
         print_json({**described(plan), "folder": str(folder)})
     else:
         more = " with routed experts" if plan.routing is not None else ""
-        out().print(f"{plan.method} of {len(plan.experts)} models{more}: {folder}", markup=False, soft_wrap=True)
+        models = f"{len(plan.experts)} model{'s' * (len(plan.experts) > 1)}"
+        out().print(f"{plan.method} of {models}{more}: {folder}", markup=False, soft_wrap=True)
 
 
 def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: bool) -> None:
@@ -185,7 +189,9 @@ def _configured(
     from polytask.merging.config import read_config
 
     if given:
-        raise InputError(f"{paths[0]} says how to merge: leave out --set, --filter, --skip and --no-base")
+        raise InputError(
+            f"{paths[0]} says how to merge: leave out --method, --set, --filter, --skip, --dtype, --seed and --no-base"
+        )
     if len(paths) > 2 or (len(paths) == 2 and folder is not None):
         raise InputError("after a configuration file comes one folder for the result")
     return read_config(paths[0], proxy), paths[1] if len(paths) == 2 else folder

@@ -72,8 +72,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_folder(folder: Path) -> Checkpoint:
     for index in (folder / INDEX, folder / "pytorch_model.bin.index.json"):
         if index.exists():
-            files = _indexed(index)
-            return (_open_safetensors if index.name == INDEX else _open_pickles)(folder, files)
+            named, files = _indexed(index)
+            found_there = (_open_safetensors if index.name == INDEX else _open_pickles)(folder, files)
+            absent = [n for n in named if n not in found_there.specs]
+            if absent:
+                raise StorageError(f"{index} names the tensor {absent[0]}, which none of its shards holds")
+            return found_there
     found = sorted(folder.glob("*.safetensors"))
     if (folder / ADAPTER).exists():
         raise InputError(f"{folder} holds an adapter, not a whole model: it can only be an expert, beside its base")
@@ -88,16 +92,17 @@ def _open_folder(folder: Path) -> Checkpoint:
     raise InputError(f"{folder} is no model: it holds {several}")
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed(index: Path) -> tuple[list[str], list[Path]]:
+    """The tensors that an index names, and the files that hold them."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        where = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        files = [index.parent / Path(n).name for n in sorted(set(where.values()))]
     except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{index} is not an index of shards") from None
-    files = [index.parent / Path(n).name for n in names]
     missing = [f for f in files if not f.exists()]
     if missing:
         raise StorageError(f"the shard {missing[0]} is missing, which {index.name} names")
-    return files
+    return list(where), files
 
 
 def _open_safetensors(path: Path, files: list[Path]) -> Checkpoint:

@@ -85,7 +85,7 @@ def read_config(file: Path, proxy: Proxy | None = None) -> MergePlan:
 
 
 def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan:
-    method = merging_method(str(said["merge_method"]))
+    method = merging_method(said["merge_method"])
     listed = _models(said, file)
     base = said.get("base_model")
     places = [_place(m["model"], file) for m in listed]
@@ -114,7 +114,7 @@ def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan
         _several(said, "filters", file),
         _several(said, "skip", file),
         said.get("out_dtype") or said.get("dtype"),
-        int(said.get("seed") or 0),
+        _seed(said, file),
         _tokenizer(said, file),
         proxy=proxy,
     )
@@ -140,6 +140,13 @@ def _several(said: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _seed(said: Mapping[str, Any], file: Path) -> int:
+    found = said.get("seed") or 0
+    if not isinstance(found, int):
+        raise InputError(f"the seed in {file} is a whole number, not {found!r}")
+    return found
+
+
 def _tokenizer(said: Mapping[str, Any], file: Path) -> Path | None:
     """The model whose tokenizer is taken, None for the base's."""
     source = said.get("tokenizer_source")
@@ -161,7 +168,8 @@ def _models(said: Mapping[str, Any], file: Path) -> list[Mapping[str, Any]]:
     slices = said.get("slices")
     if (slices is None) == (said.get("models") is None):
         raise InputError(f"{file} names either models or slices")
-    if slices is not None and not (isinstance(slices, list) and len(slices) == 1 and "sources" in slices[0]):
+    whole = isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict) and "sources" in slices[0]
+    if slices is not None and not whole:
         raise InputError(f"{file} puts several slices of layers together: only one, of all layers, can be merged")
     where = "models" if slices is None else "sources"
     listed = said["models"] if slices is None else slices[0]["sources"]
@@ -240,7 +248,9 @@ def evaluate(setting: Any, name: str, t: float) -> Any:
         return setting
     if setting and isinstance(setting[0], dict):
         for case in setting:
-            if case.get("filter") in (None, "*") or case["filter"] in name:
+            if not isinstance(case, dict) or "value" not in case:
+                raise InputError(f"a case of a parameter is written with filter and value, not as {case!r}")
+            if case.get("filter") in (None, "*") or str(case["filter"]) in name:
                 return evaluate(case["value"], name, t)
         return None
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in setting):

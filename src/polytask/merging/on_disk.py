@@ -226,7 +226,7 @@ def write(
 
     Args:
         plan: what to merge.
-        folder: the result: safetensors files, ``merge.json``, and the base's configuration and tokenizer.
+        folder: the result: safetensors files, ``merge.json``, and the base's configuration and tokenizer. It may be there and empty.
         overwrite: replace what is there.
         progress: called with the name of each tensor when it is written, also for those that an earlier start had written.
         told: called with what is being done before the first tensor is written.
@@ -235,7 +235,9 @@ def write(
         InputError: the folder exists, NaN in a tensor, a value too large for the dtype of the result.
         StorageError: a file cannot be read or written.
     """
-    if folder.exists() and not overwrite:
+    if folder.is_symlink():
+        folder = folder.resolve()
+    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(f"{folder} exists already: name another folder, or overwrite it")
     if folder.resolve() in {p.resolve() for m in plan.models for p in (m.path, m.path.parent)}:
         raise InputError(f"{folder} is where a model to be merged lies: name another folder")
@@ -355,6 +357,7 @@ def _write_beside(file: Path, text: str) -> None:
 def _put(work: Path, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier start that was killed here
         os.replace(folder, aside)
     os.replace(work, folder)
     if aside.is_dir():

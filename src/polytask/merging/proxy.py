@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from polytask.errors import InputError, MissingExtraError, StorageError
 from polytask.merging.checkpoint import Checkpoint, open_checkpoint
+from polytask.merging.engine import all_finite
 from polytask.merging.statistics import gather_fisher, gather_gramians
 
 if TYPE_CHECKING:
@@ -88,11 +89,17 @@ class Proxy:
         if count < FEWEST:
             raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
         model = self.build(expert, base)
+        kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         try:
-            found = GATHER[statistic](model, batches)
+            found = GATHER[statistic](model, [_of_dtype(b, kind) for b in batches])
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
+        spoilt = [n for n, S in found.items() if not all_finite(S)]
+        if spoilt:
+            raise InputError(
+                f"the inputs of {file} hold or become NaN or infinite values: {spoilt[0]} of {expert.path} sees them"
+            )
         names = stored_names(model, expert)
         return {names[n]: S for n, S in found.items() if n in names}
 
@@ -110,6 +117,13 @@ class Proxy:
         if folder != expert.path:
             _load(model, expert, f"the model of {folder}", whole=False)
         return model
+
+
+def _of_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """A batch with its floating-point arrays in the dtype that the model computes in."""
+    if isinstance(batch, dict):
+        return {n: a.to(dtype) if a.is_floating_point() else a for n, a in batch.items()}
+    return tuple(a.to(dtype) if a.is_floating_point() else a for a in batch)
 
 
 def expert_name(path: Path) -> str:
@@ -238,6 +252,10 @@ def _arrays(file: Path) -> dict[str, Tensor]:
     try:
         with np.load(file, allow_pickle=False) as stored:
             return {n: torch.from_numpy(stored[n]) for n in stored.files}
+    except TypeError:
+        raise InputError(
+            f"{file} holds arrays of what is no number: texts come as a table with a column 'text'"
+        ) from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         if "allow_pickle" in str(error) and zipfile.is_zipfile(file):
             raise InputError(f"{file} holds pickled objects, which may run code when loaded: save numbers") from None

@@ -73,6 +73,8 @@ def read_header(file: Path) -> dict[str, Stored]:
             header = json.loads(f.read(length))
         except ValueError:
             raise InputError(f"{file} is not a safetensors file: its header is no JSON") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{file} is not a safetensors file: its header names no tensors")
     header.pop("__metadata__", None)
     found = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
     end = max((s.start + s.size for s in found.values()), default=8 + length)
@@ -87,6 +89,8 @@ def read_header(file: Path) -> dict[str, Stored]:
 def _stored(file: Path, name: str, entry: Mapping[str, Any], origin: int) -> Stored:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if not all(isinstance(n, int) and n >= 0 for n in (*shape, start, end)):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
         raise InputError(f"{file} is not a safetensors file: the entry of {name} in its header is incomplete") from None
     if dtype not in DTYPES:
