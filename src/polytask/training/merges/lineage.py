@@ -103,7 +103,7 @@ class Lineage:
         found = {}
         for t, data in (self.labelled if labels else self.unlabelled).items():
             order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.seed))
-            cut = [data.rows(rows) for rows in order.split(LEARNED_ON)]
+            cut = [data.rows(order[i : i + LEARNED_ON]) for i in range(0, len(data), LEARNED_ON)]
             found[t] = [(b.inputs, b.targets[t]) if labels else b.inputs for b in cut]
         return found
 

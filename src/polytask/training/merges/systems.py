@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from polytask.errors import InputError
-from polytask.merging.adaptive import adapt
+from polytask.merging.adaptive import Adaptive, adapt
 from polytask.merging.esm_pp import ESMPP
 from polytask.merging.in_memory import merge
 from polytask.merging.masked import pack
@@ -100,12 +100,13 @@ def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], d
 
 def _adapted(method: Method, lineage: Lineage, **options: Any) -> Outcome:
     first, state = next(iter(lineage.experts.items()))
+    kind: type[Adaptive] = method.factory  # type: ignore[assignment]
     few = {t: [x] for t, x in lineage.proxies.items()}
     return adapt(
         lineage.build(first, state),
         lineage.base,
         lineage.experts,
-        lineage.batches(bool(options.get("labels"))) if method.factory.learns else few,
+        lineage.batches(bool(options.get("labels"))) if kind.learns else few,
         method.name,
         skip=lineage.head,
         seed=lineage.seed,
