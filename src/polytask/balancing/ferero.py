@@ -63,16 +63,17 @@ class FERERO(GramianWeighting):
 
     def solve(self, C: Matrix, losses: Vector | None) -> Vector:
         h = off_ray(losses_for_ray(self, losses), self.p)
-        # an orthonormal basis of the space across the ray, one vector a row
-        B = np.linalg.svd(self.p[None])[2][1:]
+        u = self.p / np.linalg.norm(self.p)
         if self.single_loop:
-            return self._step(C, B.T @ B, h)
-        S = B @ C @ B.T + self.ridge * np.eye(len(B))
-        across = np.linalg.solve(S, np.column_stack([B @ C, self.c * (B @ h)]))
+            return self._step(C, np.eye(len(C)) - np.outer(u, u), h)
+        X = C - np.outer(u, u @ C)
+        # along u, where nu has no part, the system is 1
+        S = X - np.outer(X @ u - u, u) + self.ridge * np.eye(len(C))
+        across = np.linalg.solve(S, np.column_stack([X, self.c * h]))
         # 0 up to rounding where the gradients are Pareto stationary
-        reduced = C - C @ B.T @ across[:, :-1] + ridge(len(C), self.precision) * np.eye(len(C))
-        lam = simplex_qp((reduced + reduced.T) / 2, C @ B.T @ across[:, -1], self.precision)
-        return np.asarray(lam + B.T @ (across[:, -1] - across[:, :-1] @ lam))
+        reduced = C - C @ across[:, :-1] + ridge(len(C), self.precision) * np.eye(len(C))
+        lam = simplex_qp((reduced + reduced.T) / 2, C @ across[:, -1], self.precision)
+        return np.asarray(lam + across[:, -1] - across[:, :-1] @ lam)
 
     def _step(self, C: Matrix, across: Matrix, h: Vector) -> Vector:
         before = self.state["lambda"][self.active]
