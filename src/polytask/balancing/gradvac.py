@@ -65,22 +65,27 @@ class GradVac(GramianWeighting):
         tangent = np.take_along_axis(target / np.sqrt(1 - target**2), orders, 1).T.copy()
         others = (orders != np.arange(k)[:, None]).T.astype(np.float64)
         R = C / n / n[:, None]
-        H, squares, piece = (
-            R.copy(),
-            np.ones(k),
-            np.empty_like(R),
-        )  # products of every corrected gradient with unit ones; its length^2
+        H, piece = R.copy(), np.empty_like(R)  # products of every corrected unit gradient with unit ones
+        square, met = np.ones(k), np.empty((k, k))  # its length^2, and as it was at each correction
         at = (orders + k * np.arange(k)[:, None]).T.copy()
         phi, raised = np.empty((k, k)), np.empty((k, k))
         for t, j in enumerate(orders.T):
-            product, length = H.take(at[t]), np.sqrt(np.maximum(squares, TINY))
-            phi[t] = cosine = np.maximum(np.minimum(product / length, 1.0), -1.0)
-            sine = np.sqrt(1.0 - cosine * cosine)
-            raised[t] = r = np.maximum(length * (tangent[t] * sine - cosine), 0.0) * others[t]
-            squares += r * (2 * product + r)
+            phi[t] = product = H.take(at[t])
+            met[t] = square
+            # length * sine, and length * cosine is the product
+            r = square - product * product
+            r = np.sqrt(np.maximum(r, 0.0, out=r), out=r)
+            r *= tangent[t]
+            r -= product
+            np.maximum(r, 0.0, out=r)
+            raised[t] = r = r * others[t]
+            product += product
+            product += r
+            square += r * product
             np.take(R, j, axis=0, out=piece, mode="clip")
             piece *= r[:, None]
             H += piece
+        phi = np.clip(phi / np.sqrt(np.maximum(met, TINY)), -1.0, 1.0)
         A, cosines = np.empty((k, k)), np.empty((k, k))  # coefficients of every corrected gradient
         np.put_along_axis(A, orders, raised.T, 1)
         np.put_along_axis(cosines, orders, phi.T, 1)
