@@ -82,12 +82,16 @@ def test_the_changelog_knows_this_version_or_what_is_coming(root: Path) -> None:
     assert f"## [{polytask.__version__}]" in text or "## [Unreleased]" in text
 
 
-def test_the_tables_of_the_guide_are_those_of_the_kept_results(root: Path) -> None:
-    spec = importlib.util.spec_from_file_location("guide", root / "benchmarks" / "guide.py")
+@pytest.mark.parametrize(
+    ("script", "document"),
+    [("guide", "which-method.md"), ("merge_guide", "merging.md"), ("merge_guide", "merge-compare.md")],
+)
+def test_the_tables_of_a_guide_are_those_of_the_kept_results(script: str, document: str, root: Path) -> None:
+    spec = importlib.util.spec_from_file_location(script, root / "benchmarks" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
     guide = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(guide)
-    text = (root / "docs" / "which-method.md").read_text(encoding="utf-8")
+    text = (root / "docs" / document).read_text(encoding="utf-8")
     assert text.count("<!-- table ") > 0
     assert guide.written(text) == text

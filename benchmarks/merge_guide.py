@@ -1,0 +1,100 @@
+"""Keep what came of comparisons of merging methods, and write it into the guides.
+
+    python benchmarks/merge_guide.py REPORT/results.json vit
+
+takes a run of ``polytask merge compare`` into ``benchmarks/results/merges.json``; without arguments the tables of the guides are written
+anew, those of ``benchmarks/adaptive.py`` too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).with_name("results")
+GUIDES = (ROOT / "docs" / "merging.md", ROOT / "docs" / "merge-compare.md")
+KEPT = (
+    "name",
+    "label",
+    "role",
+    "normalised",
+    "mean_accuracy",
+    "difference",
+    "accuracy",
+    "chosen",
+    "trials",
+    "seconds",
+    "statistic_seconds",
+)
+
+
+def keep(results: dict[str, Any]) -> dict[str, Any]:
+    """What the guides need of a results file."""
+    return {
+        "budget": results["budget"],
+        "tasks": results["tasks"],
+        "verdict": results["verdict"]["text"],
+        "candidates": [{k: c[k] for k in KEPT} for c in results["candidates"]],
+        "interference": results["interference"],
+    }
+
+
+def points(found: dict[str, float], sign: str = "") -> str:
+    return f"{100 * found['mean']:{sign}.1f} [{100 * found['low']:{sign}.1f}, {100 * found['high']:{sign}.1f}]"
+
+
+def comparison(kept: dict[str, Any]) -> list[str]:
+    """Candidates from best to worst on test rows."""
+    lines = [
+        "| | % of the experts' accuracy | mean accuracy, % | against task arithmetic, points | s a merge, with its statistics |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for c in sorted(kept["candidates"], key=lambda c: -c["normalised"]["mean"]):
+        reference = c["role"] in ("reference", "baseline")
+        name = f"**{c['label']}**" if reference else f"`{c['name']}`"
+        share = f"{100 * c['normalised']['mean']:.1f}" if c["name"] == "experts" else points(c["normalised"])
+        against = "" if c["name"] in ("experts", "task_arithmetic") else points(c["difference"], "+")
+        whole = c["seconds"] + c["statistic_seconds"]
+        seconds = "" if c["role"] == "reference" else f"{whole:.0f}" if whole >= 10 else f"{whole:.1g}"
+        lines.append(f"| {name} | {share} | {100 * c['mean_accuracy']['mean']:.1f} | {against} | {seconds} |")
+    return lines
+
+
+def learning(kept: dict[str, Any]) -> list[str]:
+    """Merges as ``benchmarks/adaptive.py`` judged them, in its order."""
+    lines = [
+        "| | learned from | % of the experts' accuracy | entropy | cross-entropy | most frequent answer |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for r in kept["rows"]:
+        shares = [f"{100 * r[k]:.1f}" for k in ("normalised",)] + [f"{r[k]:.2f}" for k in ("entropy", "cross_entropy")]
+        lines.append(f"| {r['name']} | {r['learned_from']} | {' | '.join(shares)} | {100 * r['most_frequent']:.0f} % |")
+    return lines
+
+
+TABLES = {"merges": comparison, "adaptive": learning}
+
+
+def written(guide: str) -> str:
+    """The guide with every marked table as the kept results have it."""
+
+    def fill(found: re.Match[str]) -> str:
+        kept = json.loads((RESULTS / f"{found[1]}.json").read_text(encoding="utf-8"))[found[2]]
+        said = [f"*{kept['verdict']}*", ""] if "verdict" in kept else []
+        return "\n".join([f"<!-- table {found[1]} {found[2]} -->", *said, *TABLES[found[1]](kept), "<!-- end -->"])
+
+    return re.sub(r"<!-- table (\w+) (\w+) -->\n.*?<!-- end -->", fill, guide, flags=re.S)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        file = RESULTS / "merges.json"
+        kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        kept[sys.argv[2]] = keep(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    for document in GUIDES:
+        document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
