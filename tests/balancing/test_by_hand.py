@@ -40,6 +40,15 @@ def test_losses_of_zero_poison_nothing(method: Method, zeros: list[int]) -> None
     assert bool(torch.isfinite(b.direction(J, L)).all())
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_rounding_alone_sets_apart(method: Method, dtype: torch.dtype) -> None:
+    for seed, noise in enumerate((0.0, 1e-16, 1e-8, 1e-7)):
+        rows = (1 + noise * gradients(seed, 20, 31)).to(dtype)
+        d = build(method).direction(rows, losses(seed, 20).to(dtype))
+        assert bool(torch.isfinite(d).all())
+
+
 def test_integers_are_numbers(method: Method) -> None:
     whole = torch.tensor([1, 2, 3, 4])
     assert torch.equal(build(method).direction(J, whole), build(method).direction(J, whole.float()))

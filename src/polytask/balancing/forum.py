@@ -14,7 +14,7 @@ from polytask.balancing.inner_adam import InnerAdam
 from polytask.balancing.looks import LookingBalancer, Looks
 from polytask.balancing.rows import rows_of
 from polytask.errors import InputError, TrainingError
-from polytask.linalg import simplex_qp
+from polytask.linalg import SINGLE, simplex_qp
 from polytask.registry import register
 
 TINY = 1e-8
@@ -42,7 +42,10 @@ def constrained_weights(C: Matrix, b: Vector, n: float, phi: float) -> Vector:
     pi = phi - b / n
 
     def mixture(t: float) -> Vector:
-        return simplex_qp(2 * (C - t * np.outer(b, b) / n), t * phi * b)
+        left = C - t * np.outer(b, b) / n
+        # where V is parallel to g nothing is left but rounding, of either sign
+        np.fill_diagonal(left, np.maximum(np.diag(left), SINGLE * np.diag(C)))
+        return simplex_qp(2 * left, t * phi * b)
 
     below, above = mixture(0.0), mixture(1.0)
     if pi @ below <= 0:
