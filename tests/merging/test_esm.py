@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from polytask.merging import Place, make, merge
-from polytask.merging.esd import esd, scaled_polar
+from polytask.merging.esd import esd
 from polytask.merging.esm import ESM
+from polytask.merging.spectral import polar
 
 State = dict[str, Tensor]
 
@@ -101,6 +102,11 @@ def test_no_directions_beyond_what_was_seen() -> None:
     assert int(torch.linalg.matrix_rank(found)) == 6
     # and no movement at all is no update
     assert not ESM().layer(0 * D, few).any()
+
+
+def scaled_polar(A: Tensor) -> Tensor:
+    direction, s = polar(A)
+    return direction * s.mean()
 
 
 def test_one_expert_keeps_directions_not_magnitudes() -> None:

@@ -6,11 +6,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from polytask.merging.spectral import NEGLIGIBLE, leading_pairs, leading_triplets, polar
+from polytask.merging.spectral import (
+    LEAK,
+    MORE,
+    can_be_mended,
+    kept,
+    leading_pairs,
+    leading_triplets,
+    orthonormal,
+    rayleigh_ritz,
+)
+
+LARGEST = 1e30
+"""Entries of Gramians that float32 can hold with room for sums of them."""
+
+PROBES = 4
+"""Random sums of residuals that tell how long they are together: the exact product with one vector is cheap, with a matrix it is not."""
 
 
 def esd(
-    delta: Float[Tensor, "m n"], G: Float[Tensor, "n n"], k: int
+    delta: Float[Tensor, "m n"],
+    G: Float[Tensor, "n n"],
+    k: int,
+    dtype: torch.dtype = torch.float64,
+    *,
+    exact: bool = False,
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "m r"], Float[Tensor, "r n"]]:
     r"""The k essential directions of an update: those that hold most of the outputs' movement :math:`Y = X \Delta^\top`.
 
@@ -24,24 +44,64 @@ def esd(
         delta: :math:`\Delta`.
         G: :math:`X^\top X`, not centred; any multiple of it gives the same directions.
         k: how many.
+        dtype: of V, and of the product that makes it.
+        exact: in float64 from the start.
 
     Returns:
-        s (descending), U (orthonormal columns) and V, float64; fewer than k where Y has lower rank, since beyond it directions are noise.
+        s (descending) and U (orthonormal columns), float64, and V; fewer than k where Y has lower rank: beyond it directions are noise.
 
-    Cost: m n^2 multiplications and an eigendecomposition of the smaller side; where m > n a Cholesky factor of G, or where that is
-    singular its eigendecomposition.
+    Cost: m n^2 / 2 + m^2 n multiplications, in float32 where that is close enough, and an eigendecomposition of the smaller side; where
+    m > n a Cholesky factor of G, or where that is singular its eigendecomposition.
     """
-    exact = delta.double()
-    if delta.shape[0] <= delta.shape[1]:
-        squares, U = leading_pairs(exact @ G @ exact.T, k)
-        s = squares.clamp_min(0).sqrt()
-        r = int((s > NEGLIGIBLE * s[0]).sum()) if len(s) else 0
-        s, U = s[:r], U[:, :r]
-    else:
+    m, n = delta.shape
+    if m > n:
         # a root of G stands for X: a thousand rows or a million, it has n
-        U, s, _ = leading_triplets(exact @ _root(G), k)
-        U = _orthonormalised(U)
-    return s, U, U.T @ exact
+        U, s, _ = leading_triplets(delta.double() @ _root(G), k)
+        U = orthonormal(U)
+    else:
+        found = None if exact or not can_be_mended(delta, k) else _in_float32(delta, G, k)
+        if found is None:
+            squares, U = leading_pairs(_between(delta.double(), G), k)
+            s, r = kept(squares)
+            found = s, U[:, :r]
+        s, U = found
+    return s, U, U.T.to(dtype) @ delta.to(dtype)
+
+
+def _between(delta: Float[Tensor, "m n"], G: Float[Tensor, "n n"]) -> Float[Tensor, "m m"]:
+    r""":math:`\Delta G \Delta^\top` of a symmetric G in the dtype of :math:`\Delta`, from one triangle of G: half of the first product."""
+    from scipy.linalg import blas  # a fifth of a second that plans need not wait for
+
+    half = G.to(delta.dtype, copy=True, memory_format=torch.contiguous_format)
+    half.diagonal().mul_(0.5)
+    multiply = blas.dtrmm if delta.dtype == torch.float64 else blas.strmm
+    # Fortran reads the transposes of both
+    W = torch.from_numpy(multiply(1.0, half.numpy().T, delta.contiguous().numpy().T, lower=True).T)
+    M = W @ delta.T
+    return M + M.T
+
+
+def _in_float32(
+    delta: Float[Tensor, "m n"], G: Float[Tensor, "n n"], k: int
+) -> tuple[Float[Tensor, " k"], Float[Tensor, "m k"]] | None:
+    """The k leading directions from a product in float32, None where they are not close enough to the exact product's."""
+    unit = delta.norm().double() * G.diagonal().mean().sqrt()
+    if not (unit > 0 and G.diagonal().max() < LARGEST):
+        return None
+    delta = delta / unit
+    M = _between(delta, G)
+    U = orthonormal(leading_pairs(M, k + MORE)[1].double())
+    theta, W = rayleigh_ritz(U, M.double() @ U)
+    outside, U = theta[-1], U @ W[:, :k]
+    s, r = kept(theta[:k])
+    if r < k:
+        return None
+    signs = torch.randint(0, 2, (PROBES, k), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    probes = signs / (theta[:k] - outside)
+    exact = delta.double()
+    left = exact @ (G @ (probes @ U.T @ exact).T) - U @ (theta[:k] * probes).T
+    leak = left.square().sum() / PROBES / k
+    return (s * unit, U) if leak <= LEAK**2 else None
 
 
 def _root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -52,17 +112,3 @@ def _root(G: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         L = vectors * values.clamp_min(0).sqrt()
     root: Tensor = L
     return root
-
-
-def _orthonormalised(U: Float[Tensor, "m r"]) -> Float[Tensor, "m r"]:
-    # these vectors came through the Gramian of the other side: make them orthonormal to the last digit
-    # a Cholesky factor of nearly the identity keeps every vector's direction, as the order of QR does
-    L, failed = torch.linalg.cholesky_ex(U.T @ U)
-    Q: Tensor = torch.linalg.qr(U)[0] if failed else torch.linalg.solve_triangular(L, U.T, upper=False).T
-    return Q
-
-
-def scaled_polar(A: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-    r"""The polar factor of A at A's mean singular value: :math:`\bar s\, P Q^\top` where :math:`A = P \operatorname{diag}(s) Q^\top`."""
-    direction, s = polar(A)
-    return direction * s.mean()

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions, in_range
-from polytask.merging.esd import esd, scaled_polar
+from polytask.merging.esd import esd
+from polytask.merging.spectral import in_doubt, polar
 from polytask.merging.tsv_m import TSVM
 from polytask.registry import register
 
@@ -103,22 +104,35 @@ class ESM(TaskVectorMerger):
 
     def layer(self, D: Float[Tensor, "experts m n"], statistics: Iterable[Tensor]) -> Float[Tensor, "m n"]:
         """The merged update of one layer, before layers are weighed against one another."""
-        k = D.shape[1] // len(D) or 1
+        left, right = self.stacks(D, statistics)
+        if not len(right):
+            return torch.zeros_like(D[0])
+        outputs, inputs = polar(left, D.dtype), polar(right, D.dtype)
+        if in_doubt(outputs[1]):
+            left, right = self.stacks(D, statistics, exact=True)
+            outputs, inputs = polar(left, D.dtype), polar(right, D.dtype)
+        return outputs[0] @ inputs[0] * (self.gain * outputs[1].mean() * inputs[1].mean())
+
+    def stacks(
+        self, D: Float[Tensor, "experts m n"], statistics: Iterable[Tensor], *, exact: bool = False
+    ) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r n"]]:
+        """U and V."""
+        experts, m, n = D.shape
+        k = m // experts or 1
         norm = D.flatten(1).norm(dim=1, dtype=torch.float64)
+        # stacks of many experts are ill-conditioned, in float64 until they are orthogonal; V of a wide layer is not
+        precision = D.dtype if 2 * m <= n else torch.float64
         U, V = [], []
         for delta, S, nu in zip(D, statistics, norm / norm.mean(), strict=True):
-            s, U_t, V_t = esd(delta, S[:-1, :-1], k)
+            s, U_t, V_t = esd(delta, S[:-1, :-1], k, precision, exact=exact)
             omega = (s.square() / s.square().mean()) ** self.spread
             omega = omega / omega.mean()
             U.append(U_t * omega)
-            V.append(nu**self.power * omega[:, None] * V_t)
-        left, right = torch.cat(U, 1), torch.cat(V)
-        if not len(right):
-            return torch.zeros_like(D[0])
+            V.append((nu**self.power * omega[:, None]).to(precision) * V_t)
+        right = torch.cat(V)
         c = right.norm(dim=0)
-        # stacks of many experts are ill-conditioned: in float64 until the end
-        merged = scaled_polar(left) @ scaled_polar(right * (c / c.mean()) ** self.power)
-        return (merged * self.gain).to(D.dtype)
+        right *= (c / c.mean()) ** self.power
+        return torch.cat(U, 1), right
 
 
 def role(name: str) -> str:

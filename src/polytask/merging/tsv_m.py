@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from polytask.merging.base import MatrixMerger, Place
-from polytask.merging.spectral import leading_triplets, polar
+from polytask.merging.spectral import in_doubt, leading_triplets, polar
 from polytask.registry import register
+
+Polar = tuple[Tensor, Tensor]
 
 
 @register(
@@ -28,15 +30,22 @@ class TSVM(MatrixMerger):
 
     Tensors that are not matrices get the mean task vector. Triplets with negligible singular values are left out: their vectors are noise.
 
-    Cost: T eigendecompositions of the smaller side in place of T SVDs, and two of size at most min(m, n).
+    Cost: T eigendecompositions of the smaller side in place of T SVDs, and two of size at most min(m, n); again where experts share
+    directions, with full precision.
     """
 
     scratch = 3.0
 
     def update_matrix(self, W0: Float[Tensor, "m n"], D: Float[Tensor, "experts m n"], place: Place) -> Tensor:  # noqa: ARG002
         k = min(D.shape[1:]) // len(D) or 1
-        triplets = [leading_triplets(tau, k) for tau in D]
+        left, s, right = self.shares(D, k)
+        if in_doubt(left[1]) or in_doubt(right[1]):
+            left, s, right = self.shares(D, k, exact=True)
+        return (left[0] * s.to(D.dtype)) @ right[0]
+
+    def shares(self, D: Float[Tensor, "experts m n"], k: int, *, exact: bool = False) -> tuple[Polar, Tensor, Polar]:
+        """Both stacks' polar factors and singular values, and S between them."""
+        # many shares side by side are ill-conditioned: in float64 until they are orthogonal
+        triplets = [leading_triplets(tau, k, torch.float64, exact=exact) for tau in D]
         U, s, Vh = (torch.cat([t[i] for t in triplets], dim=d) for i, d in ((0, 1), (1, 0), (2, 0)))
-        if not len(s):
-            return torch.zeros_like(W0)
-        return (polar(U)[0] * s) @ polar(Vh)[0]
+        return polar(U, D.dtype), s, polar(Vh, D.dtype)
