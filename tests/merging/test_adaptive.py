@@ -312,6 +312,8 @@ def test_bad_input(world: tuple[nn.Sequential, State, dict[str, State]]) -> None
         adapt(model, base, experts, {"task 0": inputs()["task 0"]})
     with pytest.raises(InputError, match="there is no batch of inputs for task 2"):
         adapt(model, base, experts, {**inputs(), "task 2": []})
+    with pytest.raises(InputError, match=r"frank_wolfe was told labels: .* those of task 0 are not"):
+        adapt(model, base, experts, inputs(), "frank_wolfe", labels=True)
     with pytest.raises(InputError, match="adamerging has no option 'rank'"):
         adapt(model, base, experts, inputs(), rank=2)
     with pytest.raises(InputError, match=r"the model has a tensor 6\.weight, which the base has not"):

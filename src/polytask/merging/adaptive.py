@@ -178,7 +178,8 @@ def adapt(
         The merged state dict; tensors that are not merged are the base's.
 
     Raises:
-        InputError: models that do not fit together or into ``model``, a task without inputs, an unknown method or option.
+        InputError: models that do not fit together or into ``model``, a task without inputs, batches without the labels that were
+            promised, an unknown method or option.
 
     Cost: the method's; memory for the base, all task vectors, and a few models more.
     """
@@ -187,6 +188,8 @@ def adapt(
     if unknown:
         raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
     fitting: Adaptive = entry.factory(**options)
+    if fitting.takes_labels:
+        _check_pairs(batches, entry.name)
     bench = _bench(model, base, experts, batches, skip, filters, seed)
     bench.labelled = fitting.takes_labels
     merged = fitting.fit(bench)
@@ -194,6 +197,14 @@ def adapt(
         _warn_of_a_way_off(bench, merged, entry.name)
     result = {n: v.detach().clone() for n, v in base.items()}
     return result | {n: written_as(v.detach(), base[n].dtype, n).to(base[n].device) for n, v in merged.items()}
+
+
+def _check_pairs(batches: Mapping[str, Sequence[Any]], name: str) -> None:
+    for expert, found in batches.items():
+        if not all(isinstance(b, tuple | list) and len(b) == 2 and isinstance(b[1], Tensor) for b in found):
+            raise InputError(
+                f"{name} was told labels: its batches are pairs of inputs and labels, and those of {expert} are not"
+            )
 
 
 def _warn_of_a_way_off(bench: Bench, merged: Mapping[str, Tensor], name: str) -> None:

@@ -57,8 +57,8 @@ class Candidate:
 def references() -> list[Candidate]:
     """The experts themselves, each on its own task, and the base with each expert's head."""
     return [
-        Candidate(EXPERTS, lambda lineage: dict(lineage.experts), label="experts, each on its task", role="reference"),
-        Candidate(BASE, lambda lineage: lineage.base, label="base with the experts' heads", role="reference"),
+        Candidate(EXPERTS, lambda lineage: dict(lineage.experts), label="each expert on its task", role="reference"),
+        Candidate(BASE, lambda lineage: lineage.base, label="base, experts' heads", role="reference"),
     ]
 
 
