@@ -17,6 +17,7 @@ SMALL = 28  # unless so few coordinates are free
 PIVOT_ROUNDS = 60
 PATIENCE = 3  # exchanges of many coordinates without progress
 STACKED = 25  # systems solved in one call
+SINGLY = 6  # exchanges of one coordinate before a row of more than a few is followed instead
 MOST_TURNS = 5  # for each coordinate
 LOOSE = 1e-10
 GOLDEN = (5**0.5 - 1) / 2
@@ -73,8 +74,9 @@ def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
         fewest[todo] = np.minimum(fewest[todo], count)
         patience[todo] = np.where(fewer, PATIENCE, patience[todo] - 1)
         if n > FEW:
-            resisting.extend(todo[patience[todo] < 0])
-            todo, wrong = todo[patience[todo] >= 0], wrong[patience[todo] >= 0]
+            still = patience[todo] >= -SINGLY
+            resisting.extend(todo[~still])
+            todo, wrong = todo[still], wrong[still]
         if not len(todo):
             break
         last = np.zeros_like(wrong)

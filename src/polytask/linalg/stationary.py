@@ -9,6 +9,8 @@ from polytask.linalg.simplex import min_norm_point
 
 STATIONARY = 1e-12  # squared length of the shortest vector in the hull of unit gradients
 DEPENDENT = 1e-6  # squared distance of a unit gradient from what others span
+ATTEMPTS = 12
+TINY = float(np.finfo(np.float64).tiny)
 
 
 def opposed(C: Matrix, precision: float = DOUBLE) -> Vector | None:
@@ -27,7 +29,7 @@ def opposed(C: Matrix, precision: float = DOUBLE) -> Vector | None:
     Source: Gordan's theorem of alternatives (1873).
     """
     R, n = correlation(C)
-    if R.sum(1).min() > DEPENDENT:  # the sum of all unit gradients opposes none
+    if _some_direction(R):
         return None
     try:
         if np.linalg.cholesky(R).diagonal().min() ** 2 > DEPENDENT:
@@ -44,3 +46,17 @@ def opposed(C: Matrix, precision: float = DOUBLE) -> Vector | None:
     if (1 - (across**2 / values[kept, None]).sum(0) > max(DEPENDENT, 100 * precision)).any():
         return None
     return np.asarray(u / n / (u / n).sum())
+
+
+def _some_direction(R: Matrix) -> bool:
+    """Whether some steps towards positive products with all unit vectors get there."""
+    y, products = np.ones(len(R)), R.sum(1)
+    for _ in range(ATTEMPTS):
+        if products.min() > DEPENDENT * y.sum():
+            return True
+        lacking = np.maximum(0.2 * np.abs(products).mean() - products, 0.0)
+        gained = R @ lacking
+        length = float(lacking @ gained) / max(float(gained @ gained), TINY)
+        y += length * lacking
+        products += length * gained
+    return False
