@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from inspect import Parameter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +218,8 @@ def _unfit(name: str) -> str:
     method = find(name, "balancing")
     if method.needs not in RUNNABLE:
         return f"needs {method.needs}, which the training loop does not give"
-    return f"does not run with its defaults, but with {', '.join(method.example)}" if method.example else ""
+    needed = [option for option, default in method.options.items() if default is Parameter.empty]
+    return f"does not run without {', '.join(needed)}" if needed else ""
 
 
 def budget(settings: Settings) -> str:
