@@ -177,3 +177,37 @@ def test_what_is_to_be_had_elsewhere(models: dict[str, State], tmp_path: Path) -
     names = (tmp_path / f"{n}.safetensors" for n in ("base", "one", "two"))
     done = polytask("merge", *names, "--method", "adamerging", "--out", tmp_path / "out")
     assert (done.exit_code, "adamerging is no merging method: it runs the model" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "found"),
+    [
+        ("density=0.5,0.25", [0.5, 0.25]),
+        ("density=[0.5, 0.25]", [0.5, 0.25]),
+        ("density=.5", 0.5),
+        ("scale=5e-1", 0.5),
+        ("normalize=false", False),
+    ],
+)
+def test_settings(models: dict[str, State], tmp_path: Path, setting: str, found: Any) -> None:
+    names = [tmp_path / f"{n}.safetensors" for n in ("base", "one", "two")]
+    done = polytask("merge", *names, "--method", "ties", "--set", setting, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    expected = merge(models["base"], [models["one"], models["two"]], "ties", **{setting.partition("=")[0]: found})
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(merged[n], v) for n, v in expected.items())
+
+
+@pytest.mark.parametrize("argument", [("--set", "density=[0.5"), ("--filter", "trim:density=[0.1")])
+def test_settings_that_cannot_be_read(models: dict[str, State], tmp_path: Path, argument: tuple[str, str]) -> None:
+    names = [tmp_path / f"{n}.safetensors" for n in ("base", "one", "two")]
+    done = polytask("merge", *names, *argument, "--out", tmp_path / "out")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "written" in done.stderr
+
+
+def test_quantized_weights_are_not_passed_over() -> None:
+    state = {"fc.weight": torch.ones(4, 4, dtype=torch.uint8), "fc.bias": torch.ones(4), "steps": torch.tensor(3)}
+    with pytest.raises(InputError, match=r"fc\.weight of the base holds weights as uint8: quantized models"):
+        merge(state, [state])
+    assert merge(state, [state], skip="fc.weight")["steps"] == 3

@@ -133,3 +133,11 @@ def test_statistics_may_be_rounded() -> None:
                 for s in (given, [{n: v.double() for n, v in g.items()} for g in given])
             )
             assert all(torch.equal(found[n], v) for n, v in exact.items())
+
+
+def test_variances_stay_variances() -> None:
+    base = {"bn.running_var": torch.tensor([1.0, 1.0]), "bn.running_mean": torch.tensor([1.0, 1.0])}
+    experts = [{n: v - torch.tensor([0.9, 0.1]) for n, v in base.items()} for _ in range(4)]
+    found = merge(base, experts, "task_arithmetic", scale=0.5)
+    assert torch.allclose(found["bn.running_mean"], torch.tensor([-0.8, 0.8]))
+    assert torch.allclose(found["bn.running_var"], torch.tensor([0.1, 0.8]))

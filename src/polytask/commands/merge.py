@@ -161,13 +161,12 @@ def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: boo
 def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
     """The merger of a method, and what adds experts to its result where the method does; that takes its options out."""
     from polytask.merging.in_memory import merging_method
-    from polytask.registry import methods, spelling
+    from polytask.registry import known
 
     method = method.replace("++", "_pp")
-    routing = {spelling(label): m for m in methods("routing") for label in (m.name, *m.aliases)}
-    if spelling(method) not in routing:
+    found = known(method, "merging", "routing")
+    if found is None or found.family == "merging":
         return merging_method(method).name, None
-    found = routing[spelling(method)]
     own = {name: options.pop(name) for name in list(options) if name in found.options}
     made: ESMPP = found.factory(**own)
     return made.static, made
@@ -175,11 +174,14 @@ def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
 
 def _proxy(data: Path | None, model: str | None) -> Proxy | None:
     from polytask.errors import InputError
-    from polytask.merging.proxy import Proxy
 
     if data is None and model is not None:
         raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
-    return None if data is None else Proxy(data, model)
+    if data is None:
+        return None
+    from polytask.merging.proxy import Proxy
+
+    return Proxy(data, model)
 
 
 def _configured(
@@ -198,15 +200,24 @@ def _configured(
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    import yaml
-
     from polytask.errors import InputError
 
     name, sign, value = text.partition("=")
     if not sign or not name or not value:
         raise InputError(f"--set takes NAME=VALUE, such as scale=0.3, not {text!r}")
-    values = [yaml.safe_load(v) for v in value.split(",")]
-    return name, values if len(values) > 1 else values[0]
+    whole = _value(value, text)
+    return name, [_value(v, text) for v in value.split(",")] if isinstance(whole, str) and "," in whole else whole
+
+
+def _value(value: str, text: str) -> Any:
+    import yaml
+
+    from polytask.errors import InputError
+
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"the value in --set {text} cannot be read: lists are written [1, 2] or 1,2") from None
 
 
 def carry_out(plan: MergePlan, folder: Path, overwrite: bool, quiet: bool) -> None:

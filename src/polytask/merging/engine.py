@@ -16,6 +16,9 @@ from polytask.merging.matching import NAMED, dtype_name
 Load = Callable[[str], tuple[Tensor | None, Tensor]]
 """Gives the base's tensor and the experts', one a row, in the dtype that is computed in, both free to be overwritten."""
 
+VARIANCE = "running_var"
+"""The end of the names of what batch normalisation divides by the root of."""
+
 
 @dataclass
 class Engine:
@@ -105,6 +108,14 @@ class Engine:
 
     def merge(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
         """The merged tensor, in the dtype it is computed in; both arguments may be overwritten."""
+        if not name.endswith(VARIANCE):
+            return self._merged(name, W0, W)
+        # sums of task vectors may lead below zero, where a normalisation layer would answer NaN
+        least = W.amin(0) if W0 is None else torch.minimum(W.amin(0), W0)
+        merged = self._merged(name, W0, W)
+        return torch.where(merged < 0, least, merged)
+
+    def _merged(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
         merger, place = self.merger(name), place_of(name, self.seed, self.statistics)
         if not self.filters:
             return merger.merge(W0, W, place)

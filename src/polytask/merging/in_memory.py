@@ -11,7 +11,7 @@ import yaml
 from torch import Tensor, nn
 
 from polytask.errors import InputError
-from polytask.merging.base import Filter, Merger, as_patterns
+from polytask.merging.base import Filter, Merger
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.matching import Spec, compute_dtype, dtype_of, match
 from polytask.registry import Method, find, methods, spelling
@@ -75,7 +75,12 @@ def make_filter(name: str, **options: Any) -> Filter:
         option, equals, value = setting.partition("=")
         if not (option and equals and value):
             raise InputError(f"options of a filter are written {name}:OPTION=VALUE,OPTION=VALUE, not {name}:{text}")
-        options[option] = yaml.safe_load(value)
+        try:
+            options[option] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise InputError(
+                f"options of a filter are written {name}:OPTION=VALUE,OPTION=VALUE, not {name}:{text}"
+            ) from None
     found: Filter = _built(find(name, family="filter"), options)
     return found
 
@@ -157,7 +162,7 @@ def merge(
     models = ([("the base", base)] if base is not None else []) + list(named.items())
     out = None if dtype is None else dtype_of(dtype)
     described = [(label, specs(s, label)) for label, s in models]
-    found = match(described, as_patterns(skip), mixed_dtypes=out is not None)
+    found = match(described, skip, mixed_dtypes=out is not None)
     chosen = [filters] if isinstance(filters, str | Filter) else filters
     engine = Engine(
         lambda _: merger, [f if isinstance(f, Filter) else make_filter(f) for f in chosen], statistics, seed

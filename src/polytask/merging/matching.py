@@ -49,19 +49,19 @@ def skipped(name: str, patterns: Iterable[str]) -> bool:
 
 
 def match(
-    models: Sequence[tuple[str, Mapping[str, Spec]]], skip: Iterable[str] = (), *, mixed_dtypes: bool = False
+    models: Sequence[tuple[str, Mapping[str, Spec]]], skip: str | Iterable[str] = (), *, mixed_dtypes: bool = False
 ) -> Match:
     """Compare models with the first of them, tensor by tensor.
 
     Args:
         models: (label, {tensor name: spec}); the first one is the base, or the first expert.
-        skip: patterns of tensors that are not merged, such as task heads; the models may differ in them.
+        skip: one or several patterns of tensors that are not merged, such as task heads; the models may differ in them.
         mixed_dtypes: allow floating-point tensors of one name to differ in dtype.
 
     Raises:
         InputError: a tensor is missing, superfluous, or differs in shape or dtype; the message names it and the model.
     """
-    skip = tuple(skip)
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
     reference, specs = models[0]
     for label, others in models[1:]:
         _same_names(label, others, reference, specs, skip)
@@ -78,6 +78,12 @@ def match(
     complex_ones = [n for n in kept if specs[n].dtype.is_complex and not skipped(n, skip)]
     if complex_ones:
         raise InputError(f"the tensor {complex_ones[0]} of {reference} is complex, which no method merges: skip it")
+    quantized = [n for n in kept if n.endswith("weight") and not skipped(n, skip)]
+    if quantized:
+        raise InputError(
+            f"the tensor {quantized[0]} of {reference} holds weights as {dtype_name(specs[quantized[0]].dtype)}: quantized models are not "
+            "merged; take the original weights, or skip it"
+        )
     return Match(merged, kept)
 
 
