@@ -16,13 +16,23 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from typing import Any, TypeVar
 
 from polytask.errors import InputError
 
 ENTRY_POINT_GROUP = "polytask.methods"
-FAMILY_PACKAGES = ("polytask.balancing", "polytask.merging", "polytask.models", "polytask.optim")
+FAMILIES = {
+    "adaptive": "polytask.merging",
+    "balancing": "polytask.balancing",
+    "filter": "polytask.merging",
+    "masking": "polytask.merging",
+    "merging": "polytask.merging",
+    "models": "polytask.models",
+    "optim": "polytask.optim",
+    "routing": "polytask.merging",
+}
+"""Where each family lives. Nothing of a package is imported before one of its methods is asked for."""
 
 C = TypeVar("C", bound=type)
 
@@ -113,12 +123,30 @@ def register(
     return enter
 
 
+def _discover(family: str | None) -> None:
+    for package in [FAMILIES[family]] if family in FAMILIES else dict.fromkeys(FAMILIES.values()):
+        _import_all(package)
+    _import_from_outside()
+
+
+def _import_namesake(name: str, family: str) -> None:
+    label, package = name.lower().replace("-", "_"), FAMILIES.get(family)
+    if package is not None and label in _modules(package):
+        importlib.import_module(f"{package}.{label}")
+
+
 @cache
-def _discover() -> None:
-    for package_name in FAMILY_PACKAGES:
-        package = importlib.import_module(package_name)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package_name}.{module.name}")
+def _import_all(package: str) -> None:
+    for module in _modules(package):
+        importlib.import_module(f"{package}.{module}")
+
+
+def _modules(package: str) -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+
+
+@cache
+def _import_from_outside() -> None:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             entry.load()
@@ -131,8 +159,24 @@ def _discover() -> None:
 
 def methods(family: str | None = None) -> Iterator[Method]:
     """Every registered method (of one family), in alphabetical order."""
-    _discover()
+    _discover(family)
     yield from (m for _, m in sorted(_methods.items()) if family in (None, m.family))
+
+
+def known(name: str, *families: str) -> Method | None:
+    """The method registered under a name or an alias in one of some families (in any), None where there is none.
+
+    One method is one file of its name: of a family's package nothing else is imported where that is so.
+    """
+    further: list[Callable[[], None]] = [lambda: None]
+    further += [partial(_import_namesake, name, family) for family in families]
+    further += [partial(_discover, family) for family in families or (None,)]
+    for look in further:
+        look()
+        found = _methods.get(_spellings.get(spelling(name), ""))
+        if found is not None and (not families or found.family in families):
+            return found
+    return None
 
 
 def find(name: str, family: str | None = None) -> Method:
@@ -143,10 +187,9 @@ def find(name: str, family: str | None = None) -> Method:
     """
     if not isinstance(name, str):
         raise InputError(f"a method is given by its name, not by {name!r}")
-    _discover()
-    known = _spellings.get(spelling(name))
-    if known is not None and family in (None, _methods[known].family):
-        return _methods[known]
+    found = known(name, *([family] if family is not None else []))
+    if found is not None:
+        return found
     choices = [m.name for m in methods(family)]
     near = difflib.get_close_matches(name.lower(), choices, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else f"; known are {', '.join(choices)}"

@@ -28,9 +28,9 @@ def test_two_methods_cannot_share_a_name():
 def test_a_package_from_outside_that_does_not_import_is_named_and_left_out(monkeypatch):
     broken = importlib.metadata.EntryPoint("broken", "no_such_package_of_methods", registry.ENTRY_POINT_GROUP)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [broken])
-    registry._discover.cache_clear()
+    registry._import_from_outside.cache_clear()
     with pytest.warns(UserWarning, match=r"no_such_package_of_methods .*'broken'.* left out"):
         names = [m.name for m in registry.methods("balancing")]
     assert "mgda" in names
     monkeypatch.undo()
-    registry._discover.cache_clear()
+    registry._import_from_outside.cache_clear()

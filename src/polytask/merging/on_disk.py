@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,14 @@ from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
 from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
-from polytask.merging.esm_pp import ESMPP
 from polytask.merging.in_memory import make, make_filter
 from polytask.merging.matching import Match, Spec, compute_dtype, dtype_name, dtype_of, match
-from polytask.merging.proxy import Proxy
-from polytask.merging.routed_on_disk import add_routed_experts
 from polytask.merging.safetensors_file import Writer, index_of, shards
 from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
+
+if TYPE_CHECKING:
+    from polytask.merging.esm_pp import ESMPP
+    from polytask.merging.proxy import Proxy
 
 SHARD_SIZE = 5_000_000_000
 GRAMIANS = 3
@@ -252,6 +253,8 @@ def write(
         if len(plan.files) > 1:
             (work / INDEX).write_text(index_of(plan.files, plan.bytes), encoding="utf-8")
         if plan.routing is not None:
+            from polytask.merging.routed_on_disk import add_routed_experts  # few plans need what runs models
+
             (told or (lambda _: None))("adding experts")
             add_routed_experts(plan, work, work / JOURNAL)
         (work / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
