@@ -17,7 +17,7 @@ SMALL = 28  # unless so few coordinates are free
 PIVOT_ROUNDS = 60
 PATIENCE = 3  # exchanges of many coordinates without progress
 STACKED = 25  # systems solved in one call
-SINGLY = 6  # exchanges of one coordinate before a row of more than a few is followed instead
+SINGLY = 6  # exchanges of one coordinate before a single row, or one of more than a few, is followed instead
 MOST_TURNS = 5  # for each coordinate
 LOOSE = 1e-10
 GOLDEN = (5**0.5 - 1) / 2
@@ -73,7 +73,7 @@ def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
         fewer = count < fewest[todo]
         fewest[todo] = np.minimum(fewest[todo], count)
         patience[todo] = np.where(fewer, PATIENCE, patience[todo] - 1)
-        if n > FEW:
+        if n > FEW or len(Q) == 1:
             still = patience[todo] >= -SINGLY
             resisting.extend(todo[~still])
             todo, wrong = todo[still], wrong[still]
@@ -114,11 +114,11 @@ def _follow(M: Matrix, q: Vector, free: Mask) -> Vector:
         T += np.multiply(down[:, None], along, out=change)
         T[i] = along
         inside[i] = not inside[i]
-    F = np.zeros(n, dtype=bool)
-    F[order[inside]] = True
-    z = _solve_free(M, q[None], F[None])[0]
+    final = np.zeros(n, dtype=bool)
+    final[order[inside]] = True
+    z = _solve_free(M, q[None], final[None])[0]
     tolerance = LOOSE * max(float(np.abs(q).max()), float(np.abs(z).max()))
-    return z if np.where(F, z, M @ z + q).min() >= -tolerance else _lawson_hanson(M, q)
+    return z if np.where(final, z, M @ z + q).min() >= -tolerance else _lawson_hanson(M, q)
 
 
 def _lawson_hanson(M: Matrix, q: Vector) -> Vector:

@@ -40,7 +40,7 @@ def linear_program(c: Vector, A: Matrix, b: Vector, a: Vector) -> Vector | None:
     A, b = (A, b) if finite.all() else (A[finite], b[finite])
     ratio = np.full(len(c), -np.inf)
     np.divide(c, a, out=ratio, where=a > 0)
-    rows, columns = np.empty(0, dtype=np.intp), ratio.argmax(keepdims=True)
+    rows, columns = np.empty(0, dtype=np.intp), np.array([ratio.argmax()], dtype=np.intp)
     feasible = True
     for _ in range(REBUILDS):
         try:
