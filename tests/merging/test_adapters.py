@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from polytask.errors import InputError, StorageError
-from polytask.merging import merge
+from polytask.merging import ExpertLibrary, merge
 from polytask.merging.adapter import TWICE_UNTIL, open_expert, read_adapter
 from polytask.merging.adapter_writer import write_adapter
 from polytask.merging.config import read_config
@@ -72,6 +72,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "roberta, all biases": (roberta, {"r": 2, "bias": "all", "lora_bias": False, "target_modules": ["key"]}),
     "roberta, bias of the update": (roberta, {"r": 2, "lora_bias": True, "target_modules": ["query"]}),
     "gpt, turned": (gpt, {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "llama, dora": (llama, {"r": 4, "use_dora": True, "target_modules": ["q_proj", "down_proj"]}),
+    "gpt, turned dora": (gpt, {"r": 4, "use_dora": True, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}),
+    "convolution, dora": (Plain, {"r": 4, "use_dora": True, "target_modules": ["linear1", "conv"]}),
     "attention and convolution": (Plain, {"r": 4, "target_modules": ["self_attn", "linear1", "conv"]}),
 }
 
@@ -246,7 +249,12 @@ def cut(folder: Path) -> None:
 
 WRONG: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
     "kind": (setting("peft_type", "LOHA"), InputError, "an adapter of the kind LOHA: only LORA"),
-    "dora": (setting("use_dora", True), InputError, "sets use_dora: such an adapter is more than a low-rank update"),
+    "dora": (setting("use_dora", True), InputError, "has a DoRA of .* that cannot be read: let peft merge it first"),
+    "tokens": (
+        setting("trainable_token_indices", [1]),
+        InputError,
+        "sets trainable_token_indices: such an adapter is more",
+    ),
     "start": (setting("init_lora_weights", "pissa"), InputError, "training began with 'pissa', which changes the base"),
     "name": (
         tensors(renamed),
@@ -366,7 +374,7 @@ def test_what_makes_no_adapter(tmp_path: Path) -> None:
     base, adapter = tmp_path / "base", tmp_path / "adapter0"
     for experts, rank, message in (
         ([base], None, "base is no adapter: adapters of one base alone"),
-        ([adapter], None, "also holds classifier"),
+        ([adapter], None, "holds classifier.* whole: here adapters are low-rank updates alone"),
         ([adapter], 0, "the rank of an adapter is at least 1, not 0"),
     ):
         with pytest.raises(InputError, match=message):
@@ -374,3 +382,11 @@ def test_what_makes_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         write_adapter(MergePlan([adapter], base, "task_arithmetic"), adapter)
     assert not [p for p in tmp_path.iterdir() if "out" in p.name]
+
+
+def test_rows_of_other_lengths_are_no_low_rank_update(tmp_path: Path) -> None:
+    stored("llama, dora", tmp_path)
+    with pytest.raises(InputError, match=r"is a DoRA of .*: here adapters are low-rank updates alone"):
+        write_adapter(MergePlan([tmp_path / "adapter0"], tmp_path / "base", "task_arithmetic"), tmp_path / "out")
+    with pytest.raises(InputError, match="is a DoRA of"):
+        ExpertLibrary.from_adapters(llama(), {"one": tmp_path / "adapter0"})

@@ -22,8 +22,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WRAPPING = re.compile(r"^base_model\.model\.|base_layer\.|(modules_to_save|original_module)\.([^.]+\.)?")
 LORA = re.compile(r"^(?P<layer>.+)\.lora_(?P<part>A|B)(\.[^.]+)?\.(?P<leaf>weight|bias)$")
 EMBEDDING = re.compile(r"^(?P<layer>.+)\.lora_embedding_(?P<part>A|B)(\.[^.]+)?$")
+MAGNITUDE = re.compile(r"^(?P<layer>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$")
 BEYOND = (
-    "use_dora",
     "use_qalora",
     "use_bdlora",
     "alora_invocation_tokens",
@@ -33,7 +33,7 @@ BEYOND = (
     "target_parameters",
     "trainable_token_indices",
 )
-"""Settings under which an adapter is more than W + s B A."""
+"""Settings under which an adapter is more than W + s B A, with rows of other lengths at most."""
 
 TWICE_UNTIL = "0.21.2"
 """Up to here peft adds the update of an attention's ``out_proj`` twice, in training as in merging (huggingface/peft, pull request 3774)."""
@@ -52,6 +52,7 @@ class Update:
         scale: s, alpha over the rank or its root.
         turned: whether the layer keeps its weight as (inputs, outputs).
         bias: name of what s times is added to the layer's bias, if anything.
+        magnitude: name of the lengths that the rows of the sum are brought to, if any are (DoRA, arXiv:2402.09353).
     """
 
     A: str
@@ -59,6 +60,7 @@ class Update:
     scale: float
     turned: bool
     bias: str | None
+    magnitude: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,20 @@ class Adapter:
     tensors: Checkpoint
     updates: Mapping[str, Update]
     replaced: Mapping[str, str]
+
+    def check_low_rank(self) -> None:
+        """Refuse an adapter that is more than low-rank updates.
+
+        Raises:
+            InputError: it holds whole tensors, or brings rows to lengths of their own.
+        """
+        if self.replaced:
+            raise InputError(
+                f"{self.path} holds {next(iter(self.replaced))} whole: here adapters are low-rank updates alone"
+            )
+        dora = [layer for layer, u in self.updates.items() if u.magnitude is not None]
+        if dora:
+            raise InputError(f"{self.path} is a DoRA of {dora[0]}: here adapters are low-rank updates alone")
 
     def pair(self, layer: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """A and s B of a layer, so that the update of a weight (outputs, inputs) is their product; convolutions are flattened."""
@@ -126,10 +142,11 @@ def read_adapter(folder: Path) -> Adapter:
     replaced: dict[str, str] = {}
     for stored in tensors.specs:
         name = WRAPPING.sub("", stored)
-        found = LORA.match(name) or EMBEDDING.match(name)
+        found = LORA.match(name) or EMBEDDING.match(name) or MAGNITUDE.match(name)
         if found:
-            leaf = found.groupdict().get("leaf", "embedding")
-            parts.setdefault(found["layer"], {})[f"{found['part']} {leaf}"] = stored
+            said_of = {"leaf": "embedding", **found.groupdict()}
+            part = f"{said_of['part']} {said_of['leaf']}" if "part" in said_of else "magnitude"
+            parts.setdefault(found["layer"], {})[part] = stored
         else:
             replaced[name] = stored
     updates = {layer: _update(layer, have, said, tensors) for layer, have in parts.items()}
@@ -199,6 +216,10 @@ def _add(tensors: Checkpoint, u: Update, W: Tensor) -> None:
     A, B = (tensors.read(n, W.dtype).flatten(1) for n in (u.A, u.B))
     flat = W.flatten(1)
     flat.addmm_(*((A.T, B.T) if u.turned else (B, A)), alpha=u.scale)
+    if u.magnitude is not None:
+        length = flat.norm(dim=0 if u.turned else 1, keepdim=True)
+        wanted = tensors.read(u.magnitude, W.dtype).reshape(length.shape)
+        flat.mul_(wanted / torch.where(length > 0, length, 1.0))
 
 
 def _configuration(file: Path) -> dict[str, Any]:
@@ -233,7 +254,10 @@ def _update(layer: str, have: Mapping[str, str], said: Mapping[str, Any], tensor
     scale = alpha / math.sqrt(r) if said.get("use_rslora") else alpha / r
     if ".base_layer.out_proj.lora_" in A:
         scale *= _times_out_proj(said, tensors.path)
-    return Update(A, B, scale, embedding or bool(said.get("fan_in_fan_out")), have.get("B bias"))
+    magnitude = have.get("magnitude")
+    if (magnitude is None) == bool(said.get("use_dora")) or (magnitude is not None and (embedding or "B bias" in have)):
+        raise InputError(f"{tensors.path} has a DoRA of {layer} that cannot be read: let peft merge it first")
+    return Update(A, B, scale, embedding or bool(said.get("fan_in_fan_out")), have.get("B bias"), magnitude)
 
 
 def _times_out_proj(said: Mapping[str, Any], path: Path) -> int:

@@ -77,9 +77,9 @@ def _adapters(plan: MergePlan) -> list[Adapter]:
         if not (path / ADAPTER).exists() or plan.base is None:
             raise InputError(f"{path} is no adapter: adapters of one base alone make an adapter")
         adapter = read_adapter(path)
-        if adapter.replaced or any(u.bias for u in adapter.updates.values()):
-            what = next(iter(adapter.replaced), "a bias")
-            raise InputError(f"{path} also holds {what}: an adapter of low-rank updates alone cannot")
+        adapter.check_low_rank()
+        if any(u.bias for u in adapter.updates.values()):
+            raise InputError(f"{path} also holds a bias: here adapters are low-rank updates alone")
         found.append(adapter)
     return found
 

@@ -70,10 +70,7 @@ class ExpertLibrary:
         pairs = {}
         for name, folder in folders.items():
             adapter = read_adapter(folder)
-            if adapter.replaced:
-                raise InputError(
-                    f"{folder} holds {next(iter(adapter.replaced))} whole: experts of a library are updates alone"
-                )
+            adapter.check_low_rank()
             pairs[name] = {weight: adapter.pair(layer) for weight, layer in placed(adapter, like).items()}
         return cls._stacked(base, pairs)
 
