@@ -89,6 +89,22 @@ def test_micro_batches_are_checked_as_they_come() -> None:
     with pytest.raises(InputError, match="the tasks are a, b; c is not"):
         whole.add({"c": losses["a"]})
     assert not whole.present.any()
+    assert not whole.backward().taken
+    assert all(p.grad is None for p in m.parameters())
+
+
+def test_micro_batches_are_balanced_once_and_the_next_ones_begin_anew() -> None:
+    m = Model()
+    whole = Accumulation(make("upgrad"), ["a", "b"], m.trunk.parameters())
+    for times in (1, 2):
+        whole.add(m.losses())
+        assert whole.backward().taken
+        found = m.trunk.weight.grad.clone()
+        m2 = Model()
+        polytask.backward(m2.losses(), balancer="upgrad")
+        torch.testing.assert_close(found, times * m2.trunk.weight.grad)
+        with pytest.raises(InputError, match="balanced before"):
+            whole.backward()
 
 
 @pytest.mark.parametrize(
@@ -151,3 +167,49 @@ def test_steps_take_names_of_methods_and_one_gradient() -> None:
     assert polytask.backward_batches(m.losses, [None] * 3, balancer="modo", shared=m.trunk).taken
     with pytest.raises(InputError, match="LBFGS"):
         polytask.step(m.losses, [None], optimizer=torch.optim.LBFGS(m.parameters()), balancer="upgrad")
+
+
+@pytest.mark.parametrize("method", ["equal", "upgrad", "graddrop"])
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"level": "L2"}, "level= is 'auto', 'representation', 'exact', not 'L2'"),
+        ({"level": None}, "level= is .*, not None"),
+        ({"features": "z"}, "in a dict or a sequence, not str"),
+        ({"features": 3}, "in a dict or a sequence, not int"),
+        ({"features": ["z"]}, "one of those given is of type str"),
+        ({"features": torch.zeros(8, 6)}, r"shape \(8, 6\) given as features= has no graph"),
+    ],
+)
+def test_levels_and_features_that_are_none(method, options, sentence) -> None:
+    m = Model()
+    with pytest.raises(InputError, match=sentence):
+        polytask.backward(m.losses(), balancer=method, **options)
+    assert all(p.grad is None for p in m.parameters())
+
+
+@pytest.mark.parametrize("balancer", [None, type(make("upgrad")), 3])
+def test_what_is_no_balancer(balancer) -> None:
+    m = Model()
+    with pytest.raises(InputError, match="is a balancing method or its name"):
+        polytask.backward(m.losses(), balancer=balancer)
+
+
+@pytest.mark.parametrize("method", ["equal", "famo", "upgrad", "graddrop"])
+@pytest.mark.parametrize("at_features", [True, False])
+def test_gradients_are_off_outside_only(method, at_features) -> None:
+    found = []
+    for enabled in (True, False):
+        m = Model()
+        losses = m.losses()
+        with torch.set_grad_enabled(enabled):
+            polytask.backward(losses, balancer=make(method), features=m.z if at_features else None)
+        found.append(torch.cat([p.grad.flatten() for p in [*m.trunk.parameters(), *m.a.parameters()]]))
+    assert torch.equal(*found)
+
+
+def test_a_parameter_can_be_a_loss() -> None:
+    x = nn.Parameter(torch.tensor(2.0))
+    seen = polytask.backward({"itself": x, "twice": 2 * x}, balancer="mgda")
+    torch.testing.assert_close(seen.weights, torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(x.grad, torch.tensor(1.0))

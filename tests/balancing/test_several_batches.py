@@ -624,3 +624,24 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(InputError, match="no option 'features_of'"):
         polytask.step(losses_of, [rows], optimizer=None, balancer=make("mgda"), features_of=1)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("name", [n for n in METHODS if looks_again(make(n))])
+def test_a_batch_of_one_task_shares_nothing(name: str, every: int) -> None:
+    torch.manual_seed(0)
+    trunk, heads = nn.Linear(3, 4), nn.ModuleDict({n: nn.Linear(4, 1) for n in "abc"})
+    x = torch.randn(8, 3)
+    balancer = make(name, every=every)
+    balancer.bind(["a", "b", "c"])
+
+    def losses(present: str) -> dict[str, torch.Tensor]:
+        return {n: (heads[n](trunk(x).tanh()) - k).square().mean() for k, n in enumerate("abc") if n in present}
+
+    for present in ("abc", "b", "b", "ac", "c", "abc"):
+        trunk.zero_grad()
+        seen = polytask.backward_batches(losses, [present] * len(balancer.roles), balancer=balancer)
+        assert seen.tasks == tuple(present)
+        assert trunk.weight.grad is not None
+        assert bool(torch.isfinite(trunk.weight.grad).all())
+        assert bool(trunk.weight.grad.any())

@@ -1,5 +1,6 @@
 """Per-task gradients: Jacobians, Gramians and the gradients at a shared representation."""
 
+from polytask.autograd.coordinates import apart, coordinates, flat, number_type, shaped
 from polytask.autograd.directional import directional_derivatives
 from polytask.autograd.fan_out import Copies, FanOut, Junction, LinearHeads
 from polytask.autograd.gramian import gramian
@@ -30,14 +31,19 @@ __all__ = [
     "SlicedGradients",
     "TaskGradients",
     "Workspace",
+    "apart",
+    "coordinates",
     "directional_derivatives",
+    "flat",
     "gramian",
     "jacobian",
     "layerwise_gradients",
     "layerwise_gramian",
     "leaves",
     "named_losses",
+    "number_type",
     "partition",
     "probe",
     "shape_key",
+    "shaped",
 ]

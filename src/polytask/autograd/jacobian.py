@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.autograd.coordinates import coordinates, flat, number_type
 from polytask.autograd.workspace import Workspace
 
 logger = logging.getLogger(__name__)
@@ -38,11 +39,13 @@ def jacobian(
             falls back to a pass a loss, and the log says so.
 
     Returns:
-        J, shape (K, P + padding), in the parameters' dtype, zeros where a loss does not reach a parameter; and the gradients of ``own``.
+        J, shape (K, P + padding), in the widest of the parameters' types, two columns for a complex number, zeros where a loss does not
+        reach a parameter; and the gradients of ``own``.
         Cost: K backward passes, K x P numbers.
     """
-    sizes = [p.numel() for p in parameters]
-    rows = (workspace or Workspace()).matrix(len(losses), sum(sizes) + padding, parameters[0])
+    sizes = [coordinates(p) for p in parameters]
+    like = torch.empty(0, dtype=number_type(parameters), device=parameters[0].device)
+    rows = (workspace or Workspace()).matrix(len(losses), sum(sizes) + padding, like)
     rows[:, sum(sizes) :] = 0
     extra: list[list[Tensor | None]] = []
     for start in range(0, len(losses), together):
@@ -55,7 +58,7 @@ def jacobian(
                 if g is None:
                     cell.zero_()
                 else:
-                    cell.copy_(g.reshape(-1))
+                    cell.copy_(flat(g))
             extra.append(found[len(parameters) :])
     return rows, extra
 

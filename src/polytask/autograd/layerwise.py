@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from polytask.autograd.coordinates import flat, shaped
 from polytask.autograd.gramian import gramian, products
 
 Lanes = list[Tensor | None]
@@ -53,7 +54,7 @@ class Layer:
         """sum_k w_k g_k."""
         mixed = torch.tensordot(w[self.present].to(self.D), self.D, 1)
         gradient: Tensor = mixed if self.X is None else mixed.T @ self.X
-        return gradient.view_as(self.parameter)
+        return shaped(flat(gradient), self.parameter)
 
 
 class LayerwiseGradients:
@@ -86,12 +87,13 @@ class LayerwiseGradients:
         total = (w.to(losses[0]) * torch.stack(list(losses))).sum()
         found = torch.autograd.grad(total, list(parameters), retain_graph=True, allow_unused=True)
         if self._layers is None:
-            square = sum(float(g.double().square().sum()) for g in found if g is not None)
+            square = sum(float(flat(g).double().square().sum()) for g in found if g is not None)
             return abs(square - float(w @ self.gramian @ w)) <= AGREEMENT * len(w) ** 2
         engine = {id(p): g for p, g in zip(parameters, found, strict=True) if g is not None}
         with torch.no_grad():
             return all(
-                float((layer.combination(w) - g).norm()) <= AGREEMENT * (float(g.norm()) + 0.1 * len(w))
+                float((flat(layer.combination(w)) - flat(g)).norm())
+                <= AGREEMENT * (float(flat(g).norm()) + 0.1 * len(w))
                 for layer in self._layers
                 if (g := engine.get(id(layer.parameter))) is not None
             )
@@ -231,7 +233,7 @@ class _Walk:
         """Take the gradients of one parameter into the Gramian."""
         present = [k for k, g in enumerate(lanes) if g is not None]
         if present:
-            rows = torch.stack([g.reshape(-1) for g in lanes if g is not None])
+            rows = torch.stack([flat(g) for g in lanes if g is not None])
             self.add(gramian(rows), Layer(parameter, present, rows))
 
     def add(self, C: Tensor, layer: Layer) -> None:

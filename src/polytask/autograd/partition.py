@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from polytask.autograd.coordinates import coordinates
 from polytask.errors import InputError
 
 Parameters = Iterable[Tensor] | nn.Module
@@ -30,7 +31,7 @@ class Group:
     @property
     def size(self) -> int:
         """The number of coordinates."""
-        return sum(p.numel() for p in self.parameters)
+        return sum(map(coordinates, self.parameters))
 
 
 def partition(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from polytask.autograd import Processes, gramian, jacobian, leaves, named_losses
+from polytask.autograd import Processes, apart, coordinates, gramian, jacobian, leaves, named_losses, number_type
 from polytask.balancing.base import Balancer, GradientAggregator, GramianWeighting, LossWeighting, precision_of
 from polytask.balancing.losses import same_start
 from polytask.balancing.observation import Observation
@@ -51,11 +51,18 @@ class Accumulation:
             raise InputError("there is no shared parameter that requires gradients: nothing is to be balanced")
         first = self.shared[0]
         self.jacobian = torch.zeros(
-            len(self.tasks), sum(p.numel() for p in self.shared), dtype=first.dtype, device=first.device
+            len(self.tasks), sum(map(coordinates, self.shared)), dtype=number_type(self.shared), device=first.device
         )
         self.losses = torch.zeros(len(self.tasks), dtype=torch.float32, device=first.device)
         self.present = torch.zeros(len(self.tasks), dtype=torch.bool)
         self.own: list[dict[Tensor, Tensor]] = [{} for _ in self.tasks]
+        self._balanced = False
+
+    def _start_anew(self) -> None:
+        for tensor in (self.jacobian, self.losses, self.present):
+            tensor.zero_()
+        self.own = [{} for _ in self.tasks]
+        self._balanced = False
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Take one micro-batch's pieces of the losses: {task: scalar with graph}; absent tasks are left out.
@@ -66,6 +73,8 @@ class Accumulation:
         if not losses:
             return
         losses = named_losses(losses)
+        if self._balanced:
+            self._start_anew()
         unknown = [n for n in losses if n not in self.tasks]
         if unknown:
             raise InputError(f"the tasks are {', '.join(self.tasks)}; {unknown[0]} is not one of them")
@@ -96,13 +105,19 @@ class Accumulation:
         self.present = present.bool().cpu()
 
     def backward(self) -> Observation:
-        """Fill ``.grad`` of shared and task parameters, adding to what is there.
+        """Fill ``.grad`` of shared and task parameters, adding to what is there; the next :meth:`add` begins another batch.
 
         Raises:
+            InputError: the same micro-batches once more.
             TrainingError: a loss or a gradient that is not finite; the message names the task, and no ``.grad`` was touched.
         """
+        if self._balanced:
+            raise InputError("these micro-batches were balanced before: add the next ones first")
         kept = self.present.nonzero().flatten().to(self.jacobian.device)
         names = [self.tasks[k] for k in kept.tolist()]
+        if not names:
+            seen = self.balancer.observation = Observation((), self.losses[kept], None, None, "none", taken=False)
+            return seen
         J = self.jacobian[kept] if len(kept) < len(self.tasks) else self.jacobian
         values = self.losses[kept]
         _refuse("loss", names, torch.isfinite(values))
@@ -110,12 +125,12 @@ class Accumulation:
         if self.scale != 1.0 and not bool(finite.all()):
             return self._overflown(values, names, finite)
         _refuse("gradient", names, finite)
+        self._balanced = True
         self.balancer.bind(names)
         direction, slopes, observation = self._choose(J, values, names)
         self.balancer.observation = observation
-        pieces = torch.split(direction, [p.numel() for p in self.shared])
-        for piece, p in zip(pieces, self.shared, strict=True):
-            _add_to_gradient(p, piece.view_as(p))
+        for g, p in zip(apart(direction, self.shared), self.shared, strict=True):
+            _add_to_gradient(p, g)
         for k, slope in zip(kept.tolist(), slopes, strict=True):
             for p, g in self.own[k].items():
                 _add_to_gradient(p, slope * g)
@@ -123,6 +138,7 @@ class Accumulation:
 
     def _overflown(self, values: Tensor, names: list[str], finite: Tensor) -> Observation:
         """Float16's scaler must see the overflow to skip the step and lower its scale; the balancer must not."""
+        self._balanced = True
         for p in self.shared:
             _add_to_gradient(p, torch.full_like(p, torch.nan))
         bad = tuple(n for n, ok in zip(names, finite.tolist(), strict=True) if not ok)

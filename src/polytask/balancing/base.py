@@ -402,8 +402,8 @@ class GramianWeighting(Balancer):
         if not np.isfinite(C).all():
             # one such gradient spoils a row and a column: the diagonal tells whose it was
             finite = np.isfinite(np.diag(C))
-            rows = np.isfinite(C).all(axis=1)
-            refuse_nonfinite(self._names(), (rows if finite.all() else finite).tolist())
+            rows = np.asarray(np.isfinite(C).all(axis=1))
+            refuse_nonfinite(self._names(), [bool(ok) for ok in (rows if finite.all() else finite)])
         squares = np.diag(C) if squares is None else squares
         nonzero = squares > 0
         w = np.zeros(len(C))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from polytask.autograd import (
     Processes,
     Shared,
     TaskGradients,
+    apart,
     jacobian,
     leaves,
     partition,
 )
 from polytask.autograd.fan_out import Select
 from polytask.balancing.base import Balancer, LossWeighting
+from polytask.balancing.cut import refuse_detours, seeds
 from polytask.balancing.exact import exact
 from polytask.balancing.looks import looks_again
 from polytask.balancing.losses import Counts, OnNonfinite, Step, begin
@@ -33,6 +35,7 @@ Level = Literal["auto", "representation", "exact"]
 Features = FanOut | Tensor | Mapping[str, FanOut | Tensor] | Sequence[FanOut | Tensor] | None
 
 
+@torch.enable_grad()
 def backward(
     losses: Losses,
     *,
@@ -100,6 +103,10 @@ def backward(
         from polytask.balancing import make
 
         balancer = make(balancer)
+    if not isinstance(balancer, Balancer):
+        raise InputError(f"balancer= is a balancing method or its name, not {balancer!r}")
+    if level not in get_args(Level):
+        raise InputError(f"level= is {', '.join(map(repr, get_args(Level)))}, not {level!r}")
     if looks_again(balancer):
         raise InputError(
             f"{balancer.method.name} looks at the model more than once a step: call polytask.backward_batches(evaluate, batches, ...)"
@@ -159,8 +166,19 @@ def _features(features: Features) -> list[FanOut | Tensor]:
     if features is None:
         return []
     if isinstance(features, FanOut | Tensor):
-        return [features]
-    return list(features.values()) if isinstance(features, Mapping) else list(features)
+        given = [features]
+    elif isinstance(features, str) or not isinstance(features, Iterable):
+        raise InputError(f"features= is a tensor, or several in a dict or a sequence, not {type(features).__name__}")
+    else:
+        given = list(features.values()) if isinstance(features, Mapping) else list(features)
+    for f in given:
+        if not isinstance(f, FanOut | Tensor):
+            raise InputError(f"features= holds tensors, and one of those given is of type {type(f).__name__}")
+        if isinstance(f, Tensor) and not f.requires_grad:
+            raise InputError(
+                f"the representation of shape {tuple(f.shape)} given as features= has no graph: it is not that of this forward pass"
+            )
+    return given
 
 
 def _values(balancer: LossWeighting, step: Step, ports: list[FanOut | Tensor]) -> Observation:
@@ -245,6 +263,8 @@ class _Memory:
 
 def _two_passes(balancer: Balancer, step: Step, features: list[Tensor]) -> Observation:
     """Plain tensors that all heads read: each loss back to the features, then the trunk once."""
+    if balancer.observation is None:
+        refuse_detours(dict(zip(step.names, step.scalars, strict=True)), features)
     rows, _ = jacobian(step.scaled_losses, features, retain_graph=True, workspace=balancer.workspace)
     reached = rows.any()
     if step.processes is not None:
@@ -259,6 +279,5 @@ def _two_passes(balancer: Balancer, step: Step, features: list[Tensor]) -> Obser
     heads = leaves(total, stop_at=features)
     if heads:
         torch.autograd.backward(total, inputs=heads, retain_graph=True)
-    pieces = torch.split(direction, [f.numel() for f in features])
-    torch.autograd.backward(features, [d.view_as(f) for d, f in zip(pieces, features, strict=True)])
+    torch.autograd.backward(features, seeds(features, apart(direction, features)))
     return observation

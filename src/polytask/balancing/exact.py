@@ -17,6 +17,9 @@ from polytask.autograd import (
     Shared,
     SlicedGradients,
     TaskGradients,
+    apart,
+    coordinates,
+    flat,
     jacobian,
     layerwise_gradients,
     leaves,
@@ -66,7 +69,7 @@ def _plain(step: Step, own: list[list[Tensor]]) -> Observation:
 
 
 def _streams(balancer: Balancer, step: Step, group: Group) -> bool:
-    if balancer.workspace.walks.get(_key(step, group.parameters)) is False:
+    if balancer.workspace.walks.get(_key(step, group.parameters)) is False or any(s.is_leaf for s in step.scalars):
         return False
     n_bytes = len(step.names) * sum(p.numel() * p.element_size() for p in group.parameters)
     return n_bytes > STREAM_ABOVE or streaming_pays(step.scalars, group.parameters)
@@ -118,7 +121,7 @@ def _weighted(
 
 def _by_jacobian(balancer: Balancer, step: Step, parameters: list[Tensor], own: list[list[Tensor]]) -> Observation:
     """All gradients of single losses in one buffer."""
-    P = sum(p.numel() for p in parameters)
+    P = sum(map(coordinates, parameters))
     processes = step.processes
     padding = processes.padded(P) - P if processes else 0
     together = _together(balancer, step, parameters, own)
@@ -207,17 +210,16 @@ def _add_own(own: list[list[Tensor]], extra: list[list[Tensor | None]], step: St
 
 
 def _add_flat(parameters: list[Tensor], direction: Tensor) -> None:
-    pieces = torch.split(direction, [p.numel() for p in parameters])
-    _add(parameters, [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)], None)
+    _add(parameters, apart(direction, parameters), None)
 
 
 def _add(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], processes: Processes | None) -> None:
     """Add to ``.grad``: the mean over processes, where there are several."""
     if processes is not None and parameters:
-        flat = torch.cat(
-            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
+        whole = torch.cat(
+            [flat(torch.zeros_like(p) if g is None else g) for p, g in zip(parameters, gradients, strict=True)]
         )
-        _add_flat(list(parameters), processes.sum_(flat) / processes.size)
+        _add_flat(list(parameters), processes.sum_(whole) / processes.size)
         return
     for p, g in zip(parameters, gradients, strict=True):
         if g is not None:

@@ -13,7 +13,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from polytask.autograd import Losses, Processes, Shared, gramian, jacobian, leaves, named_losses, partition
+from polytask.autograd import (
+    Losses,
+    Processes,
+    Shared,
+    apart,
+    coordinates,
+    flat,
+    gramian,
+    jacobian,
+    leaves,
+    named_losses,
+    number_type,
+    partition,
+)
 from polytask.balancing.base import Balancer, Role
 from polytask.balancing.given import given_jacobian, given_losses, refuse_nonfinite
 from polytask.balancing.losses import Counts, begin
@@ -161,7 +174,7 @@ class Looks:
         reached = [leaves(loss, complete=True) for loss in scalars]
         groups, own = partition(self.names, complete, reached, shared)
         common = [p for g in groups for p in g.parameters]
-        self.shared_sizes = [p.numel() for p in common]
+        self.shared_sizes = [coordinates(p) for p in common]
         self.n_shared = sum(self.shared_sizes)
         singles = list({id(p): p for mine in own for p in mine}.values())
         self.theta, self._common = [*common, *singles], len(common)
@@ -204,6 +217,8 @@ class Looks:
         """Gradients of the losses of a batch, here, one row a task, zeros where it lacks one; without ``heads`` in shared coordinates."""
         losses = self.losses(number)
         parameters = self.theta if heads else self.theta[: self._common]
+        if not parameters:  # one task alone shares nothing
+            return self._zeros().new_zeros(len(self.names), 0)
         found, _ = jacobian([loss * self._scale for loss in losses.values()], parameters)
         found = self._everywhere(found)
         self._check(list(losses), torch.isfinite(found).all(1))
@@ -220,7 +235,7 @@ class Looks:
 
     def without_others(self, vector: Float[Tensor, " coordinates"], name: str) -> Float[Tensor, " coordinates"]:
         """The vector with zeros for the parameters that belong to other tasks."""
-        pieces = torch.split(vector, [p.numel() for p in self.theta])
+        pieces = torch.split(vector, [coordinates(p) for p in self.theta])
         mine = [True] * self._common + [id(p) in self._own[name] for p in self.theta[self._common :]]
         return torch.cat([d if its else torch.zeros_like(d) for d, its in zip(pieces, mine, strict=True)])
 
@@ -231,7 +246,7 @@ class Looks:
         """
         losses = self.losses(number)
         if not losses:
-            return torch.cat([torch.zeros_like(p).flatten() for p in self.theta])
+            return self._zeros()
         scalars = torch.stack(list(losses.values())) * self._scale
         w = w[[self.names.index(n) for n in losses]].to(scalars)
         common, own = self.theta[: self._common], self.theta[self._common :]
@@ -242,9 +257,15 @@ class Looks:
         theirs = torch.autograd.grad((w * scalars).sum(), common, allow_unused=True) if common else ()
         return self._flat([*theirs, *its], [])
 
+    def _zeros(self) -> Tensor:
+        kind, place = number_type(self.theta), self.theta[0].device
+        return torch.zeros(sum(map(coordinates, self.theta)), dtype=kind, device=place)
+
     def _flat(self, gradients: Sequence[Tensor | None], names: Sequence[str]) -> Tensor:
-        parts = zip(self.theta, gradients, strict=True)
-        g = torch.cat([torch.zeros_like(p).flatten() if d is None else d.flatten() for p, d in parts])
+        g = self._zeros()
+        for cell, d in zip(torch.split(g, [coordinates(p) for p in self.theta]), gradients, strict=True):
+            if d is not None:
+                cell.copy_(flat(d))
         g = self._everywhere(g)
         self._check(names, torch.isfinite(g).all()[None])
         return g / self._scale if self._scale != 1.0 else g
@@ -258,12 +279,12 @@ class Looks:
         r"""Look from :math:`\theta` + step; :math:`\theta` is put back bit by bit afterwards, whatever happens."""
         self._fresh.clear()  # their graphs hold the parameters that are about to be overwritten
         before = [p.detach().clone() for p in self.theta]
-        pieces = torch.split(step.detach(), [p.numel() for p in self.theta])
+        steps = apart(step.detach(), self.theta)
         self._displaced = True
         try:
             with torch.no_grad():
-                for p, d in zip(self.theta, pieces, strict=True):
-                    p.add_(d.view_as(p))
+                for p, d in zip(self.theta, steps, strict=True):
+                    p.add_(d)
             yield
         finally:
             self._displaced = False

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from polytask.autograd import Processes, Shared
+from polytask.autograd import Processes, Shared, apart
 from polytask.balancing.base import Balancer, GramianWeighting, precision_of
 from polytask.balancing.engine import Features, Level, backward
 from polytask.balancing.looks import CountsOf, Evaluate, Evaluations, LookingBalancer, Looks, Overflow, looks_again
@@ -240,8 +240,7 @@ def _looked(balancer: Balancer, looks: Looks, scale: float, on_nonfinite: str) -
         elif on_nonfinite == "raise":
             raise
         return seen
-    pieces = torch.split(direction * scale, [p.numel() for p in looks.theta])
-    _add(looks.theta, [d.view_as(p) for d, p in zip(pieces, looks.theta, strict=True)])
+    _add(looks.theta, apart(direction * scale, looks.theta))
     seen.weights = None if weights is None else weights.to(looks.values)
     seen.gramian, seen.taken = looks.gramian, True
     return seen
