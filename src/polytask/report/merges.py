@@ -128,15 +128,16 @@ def _tile(candidate: Mapping[str, Any]) -> Markup:
 
 def _methods(results: Results) -> Markup:
     rows = ranked(results)
-    axis = axis_around_zero([points(interval(c["difference"])) for c in rows if c["role"] != "reference"])
+    axis = axis_around_zero([points(interval(c["difference"])) for c in rows if c["name"] != "experts"])
     ticks = ticks_of(axis)
     head = _head("Method", "Normalised accuracy", "Against task arithmetic →", "", "Chosen on validation")
     body = []
     for c in rows:
         difference, effect = points(interval(c["difference"])), effect_of(c)
         title = f"{c['label']}: {plain(difference.mean, 1, sign=True)} points {bracket(difference.low, difference.high, 1, sign=True)}"
-        # the experts are what is kept of, and lie far off the stretch that tells methods apart
-        lanes = [] if c["name"] == "experts" else [(difference, effect.style)]
+        # a reference may lie far off the stretch that tells methods apart: its number stands beside
+        off = c["role"] == "reference" and axis.beyond(difference.mean or 0.0)
+        lanes = [] if off else [(difference, effect.style)]
         drawn = strip(lanes, axis, title, 30, ticks)
         chosen = tag("span", "chosen", class_="tagged") if c["name"] == results["verdict"]["method"] else None
         body.append(
