@@ -12,6 +12,8 @@ from polytask.balancing.base import BaseOptions, GradientAggregator
 from polytask.errors import InputError
 from polytask.registry import register
 
+PIECE = 2**15  # coordinates looked at in one go
+
 
 @register(
     "trimmed_mean",
@@ -31,7 +33,7 @@ class TrimmedMean(GradientAggregator):
     Args:
         trim: t, how many values are left out at each end; 0 is the mean.
 
-    Cost: one sort of K numbers a coordinate and step.
+    Cost: 4 t + 1 operations on each of the K x P numbers a step.
     """
 
     def __init__(self, *, trim: int = 1, **base: Unpack[BaseOptions]) -> None:
@@ -47,5 +49,22 @@ class TrimmedMean(GradientAggregator):
     ) -> Float[Tensor, " coordinates"]:
         k = len(J)
         t = min(self.trim, (k - 1) // 2)
-        ordered = torch.sort(J * torch.as_tensor(self.p).to(J)[:, None], dim=0).values
-        return ordered[t : k - t].mean(0)
+        p = torch.as_tensor(self.p).to(J)[:, None]
+        return torch.cat([_middle(list(piece * p), t) / (k - 2 * t) for piece in torch.split(J, PIECE, dim=1)]).to(J)
+
+
+def _middle(rows: list[Float[Tensor, " piece"]], t: int) -> Float[Tensor, " piece"]:
+    """The sum without the t smallest and the t largest of each coordinate: rows pass them one by one, and what falls through is added."""
+    ends: list[Tensor] = []  # in ascending order
+    for x in rows[: 2 * t]:
+        for i, end in enumerate(ends):
+            ends[i], x = torch.minimum(end, x), torch.maximum(end, x)
+        ends.append(x)
+    total = torch.zeros_like(rows[0], dtype=torch.promote_types(rows[0].dtype, torch.float32))
+    for x in rows[2 * t :]:
+        for i in range(t):
+            ends[i], x = torch.minimum(ends[i], x), torch.maximum(ends[i], x)
+        for i in reversed(range(t, 2 * t)):
+            ends[i], x = torch.maximum(ends[i], x), torch.minimum(ends[i], x)
+        total += x
+    return total
