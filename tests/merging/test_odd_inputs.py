@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -141,3 +142,20 @@ def test_variances_stay_variances() -> None:
     found = merge(base, experts, "task_arithmetic", scale=0.5)
     assert torch.allclose(found["bn.running_mean"], torch.tensor([-0.8, 0.8]))
     assert torch.allclose(found["bn.running_var"], torch.tensor([0.1, 0.8]))
+
+
+@pytest.mark.parametrize(
+    "weights", [np.array([0.5, 2.0]), torch.tensor([0.5, 2.0]), (0.5, 2.0), {"b": 2.0, "a": 0.5}, [np.float32(0.5), 2]]
+)
+def test_numbers_of_each_expert_in_any_form(weights: Any) -> None:
+    base, experts = family(2, seed=12)
+    named = dict(zip(("a", "b"), experts, strict=True))
+    found = merge(base, named, "ties", weights=weights, density=np.float32(0.5), normalize=np.bool_(True))
+    expected = merge(base, named, "ties", weights=[0.5, 2.0], density=0.5)
+    assert all(torch.equal(found[n], v) for n, v in expected.items())
+
+
+def test_names_of_other_experts_are_no_weights() -> None:
+    base, experts = family(2)
+    with pytest.raises(InputError, match="a weight is a number, or one for each expert, not"):
+        merge(base, dict(zip(("a", "b"), experts, strict=True)), "ties", weights={"a": 1.0})

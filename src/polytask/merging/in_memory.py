@@ -97,6 +97,8 @@ def _of_kind(value: Any, default: Any, label: str) -> Any:
 
     Numbers written as YAML does not read them, 1e-5, come as texts.
     """
+    if hasattr(value, "tolist"):  # NumPy's and PyTorch's numbers and arrays
+        value = value.tolist()
     if isinstance(value, list):
         return [_of_kind(v, default, label) for v in value]
     if isinstance(value, str) and not isinstance(default, str):
@@ -142,7 +144,7 @@ def merge(
             :func:`~polytask.merging.gather_gramians` and :func:`~polytask.merging.gather_fisher`.
         seed: of all random draws.
         progress: called with the name of each tensor when it is done.
-        options: the method's own.
+        options: the method's own; what may differ between experts, such as weights, in a sequence or by the experts' names.
 
     Returns:
         The merged state dict, with the tensors of the base (of the first expert where there is no base), in their order.
@@ -158,7 +160,9 @@ def merge(
     named = dict(experts) if isinstance(experts, Mapping) else {f"expert {i}": s for i, s in enumerate(experts, 1)}
     if not named:
         raise InputError("there is nothing to merge: no expert was given")
-    merger = make(method, **options)
+    # what is one an expert may be given by the experts' names
+    by_name = {o: v for o, v in options.items() if isinstance(v, Mapping) and v.keys() == named.keys()}
+    merger = make(method, **{**options, **{o: [v[n] for n in named] for o, v in by_name.items()}})
     models = ([("the base", base)] if base is not None else []) + list(named.items())
     out = None if dtype is None else dtype_of(dtype)
     described = [(label, specs(s, label)) for label, s in models]
