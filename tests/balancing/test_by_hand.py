@@ -38,6 +38,9 @@ def test_losses_of_zero_poison_nothing(method: Method, zeros: list[int]) -> None
     b, solved = build(method), torch.tensor(zeros, dtype=torch.float64)
     assert bool(torch.isfinite(b.direction(J * solved[:, None], L * solved)).all())
     assert bool(torch.isfinite(b.direction(J, L)).all())
+    single = build(method)
+    for _ in range(3):
+        assert bool(torch.isfinite(single.direction((J * solved[:, None]).float(), (L * solved).float())).all())
 
 
 @pytest.mark.filterwarnings("error")

@@ -13,8 +13,8 @@ from polytask.balancing.base import BaseOptions, LossWeighting, Vector
 from polytask.errors import InputError
 from polytask.registry import register
 
-# a loss of 0 counts as this: its reciprocal can be squared
-LEAST = 1e-100
+# a loss counts as at least so much of the largest: its weight stays a number of single precision
+LEAST = 1e-12
 
 
 @register(
@@ -51,7 +51,8 @@ class GO4Align(LossWeighting):
         return {"log_history": np.zeros(n_tasks)}
 
     def combine(self, losses: Float[Tensor, " tasks"]) -> tuple[Tensor, Tensor]:
-        values = np.maximum(losses.detach().double().cpu().numpy(), LEAST)
+        values = losses.detach().double().cpu().numpy()
+        values = np.maximum(values, max(LEAST * values.max(), np.finfo(np.float64).tiny))
         history = self.state["log_history"]
         history[self.active] -= self.eta * values
         q = np.exp(history[self.active] - history[self.active].max())

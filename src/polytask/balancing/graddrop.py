@@ -66,7 +66,9 @@ class GradDrop(GradientAggregator):
         for (total, size), rest in zip(gradients.pulls(p), without, strict=False):
             generator = generator or torch.Generator(total.device).manual_seed(seed)
             # P > U where total > V size, V = 2U - 1; what is kept is (total + size) / 2 there, (total - size) / 2 elsewhere
-            turn = torch.empty_like(size).uniform_(-1, 1, generator=generator).mul_(size).sub_(total)
+            # drawn in one type, whatever that of the gradients: the same signs are kept
+            draws = torch.empty_like(size, dtype=torch.float32).uniform_(-1, 1, generator=generator)
+            turn = draws.to(size.dtype).mul_(size).sub_(total)
             kept, size = rest or (total, size)
             found.append(size.copysign_(turn).add_(kept).mul_(-0.5).add_(total))
         return torch.cat(found).to(gradients.dtype)
