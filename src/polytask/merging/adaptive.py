@@ -171,7 +171,7 @@ def adapt(
         skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
         filters: of task vectors, applied before, such as ``"trim"``.
         seed: of random draws in filters.
-        check: compare the result's answers with the experts', which takes a few forward passes.
+        check: compare the result's answers with the experts', filtered ones where there are filters; takes a few forward passes.
         options: the method's own.
 
     Returns:
