@@ -177,6 +177,23 @@ def test_logarithms_by_hand(method: Method) -> None:
         torch.testing.assert_close(w @ J, expected, rtol=1e-6, atol=1e-7 * float(expected.norm()))
 
 
+def test_logarithms_of_losses_below_one(method: Method) -> None:
+    b = build(method, log_losses=True)
+    for step in range(6):
+        d = b.direction(J, L * 0.3 * 0.9**step)
+        assert bool(torch.isfinite(d).all())
+        assert float(d.norm()) < 1e4 * float(J.norm())
+
+
+def test_inverse_keeps_logarithms_from_rising_to_zero() -> None:
+    b = make("inverse", log_losses=True)
+    first = torch.tensor([0.5, 0.01], dtype=torch.float64)
+    w = b.weights(first) * first  # by the logarithms
+    torch.testing.assert_close(w, -1 / first.log())
+    nearer = torch.tensor([0.9, 0.01], dtype=torch.float64)
+    assert float(b.weights(nearer)[0] * nearer[0]) > 3 * float(w[0])
+
+
 @pytest.mark.parametrize("name", ["equal", "upgrad", "graddrop", "modo"])
 def test_no_logarithm_by_hand_of_a_negative_loss(name: str) -> None:
     with pytest.raises(InputError, match="the loss of task '2' is -1"):

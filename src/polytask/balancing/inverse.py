@@ -34,8 +34,8 @@ class Inverse(LossWeighting):
     its z pulls like one a thousandth of z below it.
 
     Args:
-        nadir: z, the worst losses accepted: one number or one a task, in the order bound; when omitted twice the first positive
-            loss seen of each task.
+        nadir: z, the worst losses accepted: one number or one a task, in the order bound; when omitted twice the first loss seen
+            of each task, or 0 where that is negative.
 
     Cost: a few operations on K numbers a step. Losses must be positive.
     """
@@ -56,11 +56,12 @@ class Inverse(LossWeighting):
         z = self.state["nadir"] = self.state["nadir"].to(losses.device)
         rows = rows_of(self.active, len(z), losses.device)
         seen = losses.detach().double()
-        z[rows] = torch.where(torch.isnan(z[rows]) & (seen > 0), 2 * seen, z[rows])
-        # a loss that was never above 0 has no worst value yet, and nowhere to go
+        z[rows] = torch.where(torch.isnan(z[rows]) & (seen != 0), seen + seen.abs(), z[rows])
+        # a loss that was always 0 has no worst value yet, and nowhere to go
         known = torch.isfinite(z[rows])
-        nadir, p = torch.where(known, z[rows], 1.0).to(losses), torch.as_tensor(self.p).to(losses)
-        room = (1 - losses.detach() / nadir).clamp_min(CLOSEST)
-        w = torch.where(known, p / (nadir * room), 0.0)
+        nadir, p = torch.where(known, z[rows], 1.0), torch.as_tensor(self.p).to(seen)
+        unit = torch.where(nadir > 0, nadir, 1.0)  # a logarithm below 0 may rise to it
+        room = torch.maximum(nadir - seen, CLOSEST * unit)
+        w = torch.where(known, p / room, 0.0).to(losses)
         # the value is the sum of logarithms, its derivative w
-        return (w * (losses - losses.detach())).sum() - (p * room.log()).sum(), w
+        return (w * (losses - losses.detach())).sum() - (p * (room / unit).log()).sum().to(losses), w

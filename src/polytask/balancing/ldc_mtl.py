@@ -57,7 +57,8 @@ class LDCMTL(LossWeighting):
         first = self.state["first_loss"] = self.state["first_loss"].to(losses.device)
         seen = losses.detach().double()
         first[rows] = torch.where(torch.isnan(first[rows]), seen, first[rows])
-        start, p = first[rows].clamp_min(torch.finfo(losses.dtype).tiny), torch.as_tensor(self.p).to(seen)
+        start, p = first[rows].abs(), torch.as_tensor(self.p).to(seen)  # logarithms begin below 0 too
+        start = torch.where(start > 0, start, 1.0)
         values = p * (seen / start)
         sigma = torch.softmax(self.adam.read(self.state, rows, losses.device).double(), 0)
         tau = sigma if self.scaled else torch.ones_like(sigma)
