@@ -17,20 +17,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from polytask.merging import merge
+from polytask.merging import Merger, Place
+from polytask.merging.esm import ESM
 from polytask.merging.on_disk import MergePlan
 from polytask.merging.safetensors_file import Spec, Writer
+from polytask.merging.tsv_m import TSVM
 
-ROUNDS = 5
+ROUNDS = 3
+FREE = Place("w")
 METHODS = ("average", "task_arithmetic", "ties", "dare_ties", "tsv_m")
 CONFIG = {
     "architectures": ["CLIPVisionModel"],
@@ -119,25 +120,38 @@ def full_svds(D: torch.Tensor) -> torch.Tensor:
     return P @ Q @ torch.diag(torch.cat([x[:k] for x in s])) @ R @ T
 
 
-def merged(
-    base: Mapping[str, torch.Tensor], models: Sequence[Mapping[str, torch.Tensor]], method: str, **options: Any
-) -> torch.Tensor:
-    return merge(base, models, method, **options)["w"]
+class TSVMByFormula(TSVM):
+    """TSV-M as it is written in the paper, in the place of ours."""
+
+    def update_matrix(self, W0: torch.Tensor, D: torch.Tensor, place: Place) -> torch.Tensor:  # noqa: ARG002
+        return full_svds(D)
+
+
+class ESMByFormula(ESM):
+    """ESM as it is written in the paper, in the place of ours; it takes activations for statistics."""
+
+    def layer(self, D: torch.Tensor, statistics: Sequence[torch.Tensor]) -> torch.Tensor:
+        return esm_by_full_svds(D, statistics)
 
 
 def in_turns(
-    ours: Callable[[], torch.Tensor], formula: Callable[[], torch.Tensor]
+    ours: Merger, formula: Merger, D: torch.Tensor, place: Place = FREE, activations: Place = FREE
 ) -> tuple[torch.Tensor, float, float, float]:
-    """Our result, and medians over rounds: our CPU seconds, the formula's, and their ratio; libraries are loaded before."""
-    merged, _ = ours(), formula()
-    rounds = []
+    """Our result, and medians over rounds: our CPU seconds, the formula's, their ratio; libraries are loaded before."""
+
+    def merged(merger: Merger, at: Place) -> torch.Tensor:
+        return merger.merge(torch.zeros(D.shape[1:]), D.clone(), at)
+
+    first, rounds = merged(ours, place), []
+    merged(formula, activations)
     for _ in range(ROUNDS):
         started = time.process_time()
-        ours()
+        merged(ours, place)
         between = time.process_time()
-        formula()
+        merged(formula, activations)
         rounds.append((between - started, time.process_time() - between))
-    return merged, *(statistics.median(x) for x in (*zip(*rounds, strict=True), [a / b for a, b in rounds]))
+    times = [statistics.median(x) for x in zip(*rounds, strict=True)]
+    return first, *times, statistics.median(a / b for a, b in rounds)
 
 
 def tsv_m_against_full_svds(experts: int) -> list[tuple[str, float, float, float, float]]:
@@ -146,8 +160,7 @@ def tsv_m_against_full_svds(experts: int) -> list[tuple[str, float, float, float
     for shape in ((768, 768), (3072, 768), (768, 3072)):
         g = torch.Generator().manual_seed(0)
         D = torch.stack([moved(shape, g) for _ in range(experts)])
-        base, models = {"w": torch.zeros(shape)}, [{"w": d} for d in D]
-        ours, *seconds = in_turns(partial(merged, base, models, "tsv_m"), partial(full_svds, D))
+        ours, *seconds = in_turns(TSVM(), TSVMByFormula(), D)
         # what the formula gives in float32 is itself off: nearly equal singular values at the cut
         exact = full_svds(D.double())
         error = float((ours - exact).norm() / exact.norm())
@@ -187,19 +200,16 @@ def esm_against_full_svds(
         mixing = torch.randn(shape[1], shape[1], generator=g) / shape[1] ** 0.5
         X = [torch.randn(rows, shape[1], generator=g) @ mixing for _ in range(experts)]
         ones = [torch.cat([x, torch.ones(rows, 1)], 1).double() for x in X]
-        S = [{"w": z.T @ z} for z in ones]
-        base, models = {"w": torch.zeros(shape)}, [{"w": d} for d in D]
-        ours, *seconds = in_turns(
-            partial(merged, base, models, "esm", statistics=S, layer_power=0.0), partial(esm_by_full_svds, D, X)
-        )
+        S = [z.T @ z for z in ones]
+        ours, *seconds = in_turns(ESM(), ESMByFormula(), D, Place("w", statistics=S), Place("w", statistics=X))
         exact = esm_by_full_svds(D.double(), [x.double() for x in X])
         error = float((ours - exact).norm() / exact.norm())
         found.append((f"{shape[0]} x {shape[1]}", *seconds, error))
     return found
 
 
-def seven_billion(folder: Path) -> float:
-    """Seconds to plan a merge of four models with Llama-2-7B's layout: headers over files with holes in place of weights."""
+def seven_billion(folder: Path) -> None:
+    """What it takes to plan a merge of four models with Llama-2-7B's layout: headers over files with holes in place of weights."""
     shapes = {"model.embed_tokens.weight": (32000, 4096), "lm_head.weight": (32000, 4096), "model.norm.weight": (4096,)}
     for i in range(32):
         block = f"model.layers.{i}."
@@ -211,23 +221,32 @@ def seven_billion(folder: Path) -> float:
     for t in range(5):
         with Writer(folder / f"seven{t}.safetensors", specs) as writer:
             writer.stream.truncate(writer.total)
-    started = time.perf_counter()
     paths = [folder / f"seven{t}.safetensors" for t in range(5)]
+    started = time.perf_counter()
     plan = MergePlan(paths[1:], paths[0], "ties")
     print(f"plan of {sum(s.elements for s in specs.values()) / 1e9:.2f} G parameters, 4 experts: ", end="")
-    print(f"{plan.bytes / 1e9:.1f} GB, peak {plan.peak_bytes / 1e9:.1f} GB, ", end="")
+    print(f"{plan.bytes / 1e9:.1f} GB, peak {plan.peak_bytes / 1e9:.1f} GB, {time.perf_counter() - started:.2f} s")
+    command = [sys.executable, "-m", "polytask", "merge", *map(str, paths), "--method", "ties", "--dry-run"]
+    pairs = [(wall(command), wall([sys.executable, "-c", "import torch"])) for _ in range(ROUNDS)]
+    whole, torch_alone = (statistics.median(x) for x in zip(*pairs, strict=True))
+    print(f"the whole command: {whole:.2f} s, of which importing torch {torch_alone:.2f} s")
+
+
+def wall(command: list[str]) -> float:
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", nargs="+", default=list(METHODS))
+    parser.add_argument("--method", nargs="*", default=list(METHODS))
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--layers", type=int, default=12, help="fewer for a first look")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="polytask-merging-") as name:
         folder = Path(name)
-        print(f"{seven_billion(folder):.2f} s")
+        seven_billion(folder)
         specs = make_models(folder, options.experts, options.layers)
         largest = 4 * max(s.elements for s in specs.values())
         bound = (options.experts + 2) * largest

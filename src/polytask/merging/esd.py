@@ -20,7 +20,7 @@ from polytask.merging.spectral import (
 LARGEST = 1e30
 """Entries of Gramians that float32 can hold with room for sums of them."""
 
-PROBES = 4
+PROBES = 3
 """Random sums of residuals that tell how long they are together: the exact product with one vector is cheap, with a matrix it is not."""
 
 
@@ -91,7 +91,7 @@ def _in_float32(
     delta = delta / unit
     M = _between(delta, G)
     U = orthonormal(leading_pairs(M, k + MORE)[1].double())
-    theta, W = rayleigh_ritz(U, M.double() @ U)
+    theta, W = rayleigh_ritz(U, (M @ U.float()).double())
     outside, U = theta[-1], U @ W[:, :k]
     s, r = kept(theta[:k])
     if r < k:

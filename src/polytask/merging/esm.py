@@ -119,7 +119,7 @@ class ESM(TaskVectorMerger):
         """U and V."""
         experts, m, n = D.shape
         k = m // experts or 1
-        norm = D.flatten(1).norm(dim=1, dtype=torch.float64)
+        norm = torch.stack([delta.double().norm() for delta in D])
         # stacks of many experts are ill-conditioned, in float64 until they are orthogonal; V of a wide layer is not
         precision = D.dtype if 2 * m <= n else torch.float64
         U, V = [], []
