@@ -45,7 +45,13 @@ class TSVM(MatrixMerger):
 
     def shares(self, D: Float[Tensor, "experts m n"], k: int, *, exact: bool = False) -> tuple[Polar, Tensor, Polar]:
         """Both stacks' polar factors and singular values, and S between them."""
-        # many shares side by side are ill-conditioned: in float64 until they are orthogonal
-        triplets = [leading_triplets(tau, k, torch.float64, exact=exact) for tau in D]
+        m, n = D.shape[1:]
+        # many shares side by side are ill-conditioned, in float64 until they are orthogonal; on a far longer side they are not
+        left, right = (D.dtype if long >= 2 * short else torch.float64 for long, short in ((m, n), (n, m)))
+        triplets = []
+        for tau in D:
+            U, s, Vh = leading_triplets(tau, k, torch.float64, exact=exact)
+            triplets.append((U.to(left), s, Vh.to(right)))
         U, s, Vh = (torch.cat([t[i] for t in triplets], dim=d) for i, d in ((0, 1), (1, 0), (2, 0)))
+        del triplets
         return polar(U, D.dtype), s, polar(Vh, D.dtype)
