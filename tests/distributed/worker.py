@@ -133,8 +133,9 @@ def descend(module: nn.Module) -> None:
 
 
 def every_method(rank: int, world: int) -> dict[str, Any]:
-    """A hundred steps of every method at one level, a few at the others."""
+    """A hundred steps of every method at one level, a few at the others; fewer between more processes than a test machine has cores."""
     found = {}
+    many = 100 if world == 2 or "POLYTASK_LONG" in os.environ else 20
     for method in methods("balancing"):
         levels = ["linear", "exact", "copies"]
         if looks_again(balanced(method)):
@@ -145,7 +146,7 @@ def every_method(rank: int, world: int) -> dict[str, Any]:
             levels = ["exact"]
         for level in levels if world == 2 else levels[:2]:
             long = level == levels[0]
-            steps = 20 if looks_again(balanced(method)) else 100
+            steps = 20 if looks_again(balanced(method)) else many
             found[method.name, level] = train(method, level, steps if long else 3, rank, world)
     return found
 
