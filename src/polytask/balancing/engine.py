@@ -96,7 +96,8 @@ def backward(
 
     Cost: one backward pass for loss weightings and at representation level. At exact level K passes and K x P numbers; where those
     would exceed 256 MiB, or wide linear layers meet few examples, Gramian methods take their Gramian layer by layer instead: K passes
-    that form no weight gradients where inner products are cheaper without, and one pass of the weighted losses. Between R processes
+    that form no weight gradients where inner products are cheaper without, and one pass of the weighted losses; in the first step of a
+    balancer one pass and P numbers more, which compare them with the engine's. Between R processes
     at exact level the Jacobian is reduce-scattered, its Gramian all-reduced and the direction gathered.
     """
     if isinstance(balancer, str):
