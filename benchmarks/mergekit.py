@@ -96,7 +96,7 @@ def config_of(layers: int) -> dict[str, object]:
 
 def make_models(folder: Path, experts: int, layers: int) -> dict[str, Spec]:
     """A base and experts that moved a little from it, in shards."""
-    specs = {name: Spec(shape, torch.float32) for name, shape in layout(layers)}
+    specs = {name: Spec(shape, "float32") for name, shape in layout(layers)}
     files = shards(specs, SHARD)
     for model in ("base", *(f"expert{t}" for t in range(experts))):
         (folder / model).mkdir()

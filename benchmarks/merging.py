@@ -83,7 +83,7 @@ def layout(layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def make_models(folder: Path, experts: int, layers: int) -> dict[str, Spec]:
     """A base and experts that moved a little, most of it in few directions, as fine-tuning does."""
-    specs = {name: Spec(shape, torch.float32) for name, shape in sorted(layout(layers))}
+    specs = {name: Spec(shape, "float32") for name, shape in sorted(layout(layers))}
     for model in ["base", *(f"expert{t}" for t in range(experts))]:
         (folder / model).mkdir()
         (folder / model / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
@@ -217,7 +217,7 @@ def seven_billion(folder: Path) -> None:
         shapes |= {f"{block}mlp.{k}_proj.weight": (11008, 4096) for k in ("gate", "up")}
         shapes |= {f"{block}mlp.down_proj.weight": (4096, 11008), f"{block}input_layernorm.weight": (4096,)}
         shapes |= {f"{block}post_attention_layernorm.weight": (4096,)}
-    specs = {name: Spec(shape, torch.bfloat16) for name, shape in shapes.items()}
+    specs = {name: Spec(shape, "bfloat16") for name, shape in shapes.items()}
     for t in range(5):
         with Writer(folder / f"seven{t}.safetensors", specs) as writer:
             writer.stream.truncate(writer.total)

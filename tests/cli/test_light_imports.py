@@ -68,19 +68,60 @@ def test_listing_methods_loads_no_table_library() -> None:
     assert not found & {"pandas", "sklearn", "skrub", "matplotlib", "accelerate", "torchmetrics"}
 
 
-@pytest.mark.parametrize("method", ["average", "dare_ties", "tsv_m"])
-def test_a_plan_of_a_merge_loads_its_method_and_no_other_room(method: str, tmp_path: Path) -> None:
+METHODS = sorted(m.name for m in registry.methods("merging"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     for name in ("base", "one", "two"):
         save_file({"w": torch.ones(2, 2)}, tmp_path / f"{name}.safetensors")
-    models = [str(tmp_path / f"{name}.safetensors") for name in ("base", "one", "two")]
-    found = modules(COMMAND.format(argv=["polytask", "merge", *models, "--method", method, "--dry-run"]))
-    assert f"polytask.merging.{method}" in found
+    save_file({"inputs": torch.ones(9, 2)}, tmp_path / "proxy.safetensors")
+    (tmp_path / "merge.yml").write_text(
+        "merge_method: ties\nbase_model: base.safetensors\nmodels:\n"
+        "  - {model: one.safetensors, parameters: {weight: 1.0}}\n  - {model: two.safetensors, parameters: {weight: 0.5}}\n"
+    )
+    return tmp_path
+
+
+def plan_of(folder: Path, *arguments: str) -> set[str]:
+    argv = ["polytask", "merge", *arguments, "--dry-run"]
+    action = f"import os\nos.chdir({str(folder)!r})\n" + COMMAND.format(argv=argv)
+    return modules(action)
+
+
+def check_light(found: set[str]) -> None:
+    # an import of PyTorch that waits has its name there, but nothing of it
     assert not {name.partition(".")[0] for name in found} & (HEAVY - {"torch", "numpy"} | {"transformers", "peft"})
+    assert not [name for name in found if name.startswith("torch.")]
     rooms = {name.split(".")[1] for name in found if name.startswith("polytask.")}
     assert rooms <= {"cli", "commands", "errors", "merging", "registry"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_plan_of_a_merge_loads_its_method_and_not_pytorch(method: str, folder: Path) -> None:
+    models = ["base.safetensors", "one.safetensors", "two.safetensors"]
+    proxy = ["--proxy", "proxy.safetensors"] if registry.find(method).needs == "statistics" else []
+    found = plan_of(folder, *models, "--method", method, *proxy)
+    assert f"polytask.merging.{method}" in found
+    check_light(found)
     # of the other methods' files only those that this one is made of
-    methods = {f"polytask.merging.{m.name}" for m in registry.methods("merging")}
-    assert len(found & methods) <= 4
+    assert len(found & {f"polytask.merging.{m}" for m in METHODS}) <= 4
+
+
+def test_a_plan_from_a_file_loads_no_pytorch_either(folder: Path) -> None:
+    check_light(plan_of(folder, "merge.yml"))
+
+
+def test_a_package_that_waits_is_itself_when_it_is_used() -> None:
+    action = """
+from polytask.commands.deferred import defer
+defer("json"); defer("wave"); defer("xml"); defer("no_such_package")
+import wave, xml
+assert "no_such_package" not in sys.modules and "Deferred" in type(xml).__name__, type(xml)
+from xml.dom import minidom
+assert type(xml).__name__ == "module" and xml.dom.minidom is minidom and wave.Error.__name__ == "Error"
+"""
+    assert {"xml.dom.minidom", "wave"} <= modules(action)
 
 
 def test_a_method_is_found_in_the_file_of_its_name_alone() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from polytask.commands.console import AsJson, err, out, print_json, table
+from polytask.commands.deferred import defer
 from polytask.commands.failures import Interrupted
 
 if TYPE_CHECKING:
@@ -106,6 +107,8 @@ def merge(
     """Merge fine-tuned models into one, tensor by tensor; killed and started again, it goes on where it was."""
     from polytask.errors import InputError
 
+    if dry_run:
+        defer("torch")
     inputs = _proxy(proxy, model)
     if paths[0].suffix in (".yml", ".yaml"):
         given = settings or filters or skip or no_base or dtype or seed or method != METHOD
@@ -253,9 +256,7 @@ def described(plan: MergePlan) -> dict[str, Any]:
         "merged": len(plan.match.merged),
         "kept": list(plan.match.kept),
         "parameters": sum(s.elements for s in plan.specs.values()),
-        "files": {
-            name: sum(s.elements * s.dtype.itemsize for s in specs.values()) for name, specs in plan.files.items()
-        },
+        "files": {name: sum(s.bytes for s in specs.values()) for name, specs in plan.files.items()},
         "bytes": plan.bytes,
         "peak_bytes": plan.peak_bytes,
     }

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from polytask.merging.in_memory import make, make_filter, merge
     from polytask.merging.library import ExpertLibrary
     from polytask.merging.masked import MaskedExperts, pack
+    from polytask.merging.moments import gramian, input_mean, rows, second_moment
     from polytask.merging.routed import forcing, recording
     from polytask.merging.routed_model import load_routed, save_routed
-    from polytask.merging.statistics import gather_fisher, gather_gramians, gramian, input_mean, rows, second_moment
+    from polytask.merging.statistics import gather_fisher, gather_gramians
 
 __all__ = [
     "ExpertLibrary",
@@ -70,8 +71,8 @@ _homes = {
     "fusion_report": "fusion",
     "gather_fisher": "statistics",
     "gather_gramians": "statistics",
-    "gramian": "statistics",
-    "input_mean": "statistics",
+    "gramian": "moments",
+    "input_mean": "moments",
     "load_routed": "routed_model",
     "make": "in_memory",
     "make_filter": "in_memory",
@@ -81,10 +82,10 @@ _homes = {
     "recording": "routed",
     "route_by_prototypes": "esm_pp",
     "route_experts": "fusion",
-    "rows": "statistics",
+    "rows": "moments",
     "save_routed": "routed_model",
     "search_coefficients": "coefficients",
-    "second_moment": "statistics",
+    "second_moment": "moments",
     "train_router": "coefficients",
 }
 

@@ -8,15 +8,17 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
-from torch import Tensor
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import ADAPTER, Checkpoint, open_checkpoint
 from polytask.merging.matching import Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WRAPPING = re.compile(r"^base_model\.model\.|base_layer\.|(modules_to_save|original_module)\.([^.]+\.)?")
@@ -95,10 +97,10 @@ class Adapter:
         if dora:
             raise InputError(f"{self.path} is a DoRA of {dora[0]}: here adapters are low-rank updates alone")
 
-    def pair(self, layer: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def pair(self, layer: str, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
         """A and s B of a layer, so that the update of a weight (outputs, inputs) is their product; convolutions are flattened."""
         u = self.updates[layer]
-        A, B = (self.tensors.read(n, dtype).flatten(1) for n in (u.A, u.B))
+        A, B = (self.tensors.read(n, dtype or torch.float32).flatten(1) for n in (u.A, u.B))
         return A, B.mul_(u.scale)
 
 

@@ -103,8 +103,8 @@ def _write(plan: MergePlan, file: Path, layers: Mapping[str, tuple[str, Update]]
     specs: dict[str, Spec] = {}
     for weight, (layer, u) in layers.items():
         out, width = plan.specs[weight].shape[::-1] if u.turned else plan.specs[weight].shape
-        specs[_stored(layer, "A")] = Spec((r, width), torch.float32)
-        specs[_stored(layer, "B")] = Spec((out, r), torch.float32)
+        specs[_stored(layer, "A")] = Spec((r, width), "float32")
+        specs[_stored(layer, "B")] = Spec((out, r), "float32")
     lost = whole = 0.0
     with Writer(file, specs) as writer:
         for weight, (layer, u) in layers.items():

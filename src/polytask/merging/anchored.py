@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import Merger, Place, TaskVectorMerger, TaskVectorOptions, in_range, per_expert
 from polytask.merging.in_memory import make
 from polytask.merging.posterior import JITTER, Posterior
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class AnchorOptions(TaskVectorOptions, total=False):

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
     from polytask.registry import Method
 
 CHUNK = 1 << 18
@@ -44,7 +45,7 @@ class TaskVectorOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True)
-class OfEach(Sequence[Tensor]):
+class OfEach(Sequence["Tensor"]):
     """The statistics of one tensor, one an expert; those on disk come into memory one at a time."""
 
     name: str

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Unpack
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Unpack
 
 from polytask.errors import InputError
 from polytask.merging.anchored import AnchoredMerger, AnchorOptions
 from polytask.merging.base import Place
 from polytask.merging.posterior import Gram, second_moments
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

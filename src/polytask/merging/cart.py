@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Unpack
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Unpack
 
 from polytask.merging.base import MatrixMerger, Place, TaskVectorOptions, in_range
 from polytask.merging.spectral import leading_triplets
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

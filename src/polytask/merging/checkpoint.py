@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from polytask.errors import InputError, StorageError
-from polytask.merging.matching import Spec
+from polytask.merging.matching import Spec, spec_of
 from polytask.merging.safetensors_file import read_header, read_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -41,14 +43,14 @@ class Checkpoint:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor, in its own dtype or another."""
-        out = torch.empty(self.specs[name].shape, dtype=dtype or self.specs[name].dtype)
+        out = torch.empty(self.specs[name].shape, dtype=dtype or self.specs[name].torch_dtype)
         self.read_into(name, out)
         return out
 
     @property
     def bytes(self) -> int:
         """Size of all tensors."""
-        return sum(s.elements * s.dtype.itemsize for s in self.specs.values())
+        return sum(s.bytes for s in self.specs.values())
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -119,7 +121,7 @@ def _open_pickles(path: Path, files: list[Path]) -> Checkpoint:
     def read(name: str, out: Tensor) -> None:
         out.copy_(tensors[name])
 
-    return Checkpoint(path, {n: Spec(tuple(t.shape), t.dtype) for n, t in tensors.items()}, tuple(files), read)
+    return Checkpoint(path, {n: spec_of(t) for n, t in tensors.items()}, tuple(files), read)
 
 
 def _tensors_of(file: Path) -> dict[str, Tensor]:
@@ -140,7 +142,7 @@ def _tensors_of(file: Path) -> dict[str, Tensor]:
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not loaded:
         raise InputError(f"{file} holds a {type(loaded).__name__}, not tensors by name")
-    others = [n for n, t in loaded.items() if not isinstance(t, Tensor)]
+    others = [n for n, t in loaded.items() if not isinstance(t, torch.Tensor)]
     if others:
         raise InputError(f"{others[0]} in {file} is a {type(loaded[others[0]]).__name__}, not a tensor")
     return loaded

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import Filter, PerExpert, Place, chunks, in_range, per_expert
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, Merger, Stage, TaskVectorMerger, pieces, place_of
 from polytask.merging.matching import NAMED, dtype_name
 
-Load = Callable[[str], tuple[Tensor | None, Tensor]]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Load: TypeAlias = "Callable[[str], tuple[Tensor | None, Tensor]]"
 """Gives the base's tensor and the experts', one a row, in the dtype that is computed in, both free to be overwritten."""
 
 VARIANCE = "running_var"
@@ -102,18 +105,20 @@ class Engine:
                     W0, W = load(name)
                     assert W0 is not None
                     place = place_of(name, self.seed, self.statistics)
-                    stage.survey(W0, self._filtered(W0, W.sub_(W0), name, i), place)
+                    with torch.no_grad():
+                        stage.survey(W0, self._filtered(W0, W.sub_(W0), name, i), place)
                 stage.end_pass()
                 done += 1
 
     def merge(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
         """The merged tensor, in the dtype it is computed in; both arguments may be overwritten."""
-        if not name.endswith(VARIANCE):
-            return self._merged(name, W0, W)
-        # sums of task vectors may lead below zero, where a normalisation layer would answer NaN
-        least = W.amin(0) if W0 is None else torch.minimum(W.amin(0), W0)
-        merged = self._merged(name, W0, W)
-        return torch.where(merged < 0, least, merged)
+        with torch.no_grad():
+            if not name.endswith(VARIANCE):
+                return self._merged(name, W0, W)
+            # sums of task vectors may lead below zero, where a normalisation layer would answer NaN
+            least = W.amin(0) if W0 is None else torch.minimum(W.amin(0), W0)
+            merged = self._merged(name, W0, W)
+            return torch.where(merged < 0, least, merged)
 
     def _merged(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
         merger, place = self.merger(name), place_of(name, self.seed, self.statistics)

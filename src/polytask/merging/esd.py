@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.spectral import (
     LEAK,
@@ -17,6 +17,10 @@ from polytask.merging.spectral import (
     rayleigh_ritz,
 )
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
 LARGEST = 1e30
 """Entries of Gramians that float32 can hold with room for sums of them."""
 
@@ -28,7 +32,7 @@ def esd(
     delta: Float[Tensor, "m n"],
     G: Float[Tensor, "n n"],
     k: int,
-    dtype: torch.dtype = torch.float64,
+    dtype: torch.dtype | None = None,
     *,
     exact: bool = False,
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, "m r"], Float[Tensor, "r n"]]:
@@ -44,7 +48,7 @@ def esd(
         delta: :math:`\Delta`.
         G: :math:`X^\top X`, not centred; any multiple of it gives the same directions.
         k: how many.
-        dtype: of V, and of the product that makes it.
+        dtype: of V, and of the product that makes it; float64 when omitted.
         exact: in float64 from the start.
 
     Returns:
@@ -54,6 +58,7 @@ def esd(
     m > n a Cholesky factor of G, or where that is singular its eigendecomposition.
     """
     m, n = delta.shape
+    dtype = dtype or torch.float64
     if m > n:
         # a root of G stands for X: a thousand rows or a million, it has n
         U, s, _ = leading_triplets(delta.double() @ _root(G), k)

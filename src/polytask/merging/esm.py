@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions, in_range
 from polytask.merging.esd import esd
 from polytask.merging.spectral import in_doubt, polar
 from polytask.merging.tsv_m import TSVM
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

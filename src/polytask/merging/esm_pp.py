@@ -11,10 +11,10 @@ from polytask.errors import InputError
 from polytask.merging.base import as_patterns, in_range
 from polytask.merging.esd import esd
 from polytask.merging.matching import skipped
+from polytask.merging.moments import gramian, input_mean
 from polytask.merging.routed import LowRank
 from polytask.merging.routed_model import add_experts
 from polytask.merging.routers import Prototypes
-from polytask.merging.statistics import gramian, input_mean
 from polytask.registry import register
 
 

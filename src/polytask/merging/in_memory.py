@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import yaml
-from torch import Tensor, nn
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, Merger
 from polytask.merging.engine import Engine, check_finite, written_as
-from polytask.merging.matching import Spec, compute_dtype, dtype_of, match
+from polytask.merging.matching import Spec, compute_dtype, match, result_dtype, spec_of, torch_dtype
 from polytask.registry import Method, find, methods, spelling
 
-State = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State: TypeAlias = "Mapping[str, Tensor]"
 
 ELSEWHERE = {
     "filter": "it is a filter of task vectors, which goes before one (--filter, or filters=[...])",
@@ -164,7 +166,7 @@ def merge(
     by_name = {o: v for o, v in options.items() if isinstance(v, Mapping) and v.keys() == named.keys()}
     merger = make(method, **{**options, **{o: [v[n] for n in named] for o, v in by_name.items()}})
     models = ([("the base", base)] if base is not None else []) + list(named.items())
-    out = None if dtype is None else dtype_of(dtype)
+    out = None if dtype is None else torch_dtype(result_dtype(dtype))
     described = [(label, specs(s, label)) for label, s in models]
     found = match(described, skip, mixed_dtypes=out is not None)
     chosen = [filters] if isinstance(filters, str | Filter) else filters
@@ -177,7 +179,7 @@ def merge(
         check_statistics(statistics, merger.statistic, described[0][1], list(named))
 
     def load(name: str) -> tuple[Tensor | None, Tensor]:
-        to = compute_dtype(s[name].dtype for _, s in models)
+        to = torch_dtype(compute_dtype(own[name].dtype for _, own in described))
         W = [s[name].detach().reshape(s[name].shape or (1,)).to("cpu", to).contiguous() for _, s in models]
         for w, (label, _) in zip(W, models, strict=True):
             check_finite(w, name, label)
@@ -187,7 +189,6 @@ def merge(
     return _merged(engine, models, found.merged, load, out, progress)
 
 
-@torch.no_grad()
 def _merged(
     engine: Engine,
     models: Sequence[tuple[str, State]],
@@ -223,15 +224,15 @@ def specs(state: State, label: str) -> dict[str, Spec]:
         InputError: it is no state dict, or something in it is not a tensor with values.
     """
     if not isinstance(state, Mapping):
-        instead = ": give its state_dict()" if isinstance(state, nn.Module) else ""
+        instead = ": give its state_dict()" if isinstance(state, torch.nn.Module) else ""
         raise InputError(f"{label} is a {type(state).__name__}, not a state dict of tensors by name{instead}")
     for name, value in state.items():
-        if not isinstance(value, Tensor):
+        if not isinstance(value, torch.Tensor):
             raise InputError(f"{name} of {label} is a {type(value).__name__}, not a tensor")
         if value.is_meta or value.layout is not torch.strided:
             kind = "on the meta device" if value.is_meta else str(value.layout).removeprefix("torch.")
             raise InputError(f"the tensor {name} of {label} is {kind}: only dense tensors with values are merged")
-    return {n: Spec(tuple(v.shape), v.dtype) for n, v in state.items()}
+    return {n: spec_of(v) for n, v in state.items()}
 
 
 def check_statistics(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import MatrixMerger, Place, TaskVectorOptions
 from polytask.merging.inner import inner_merger
 from polytask.merging.spectral import NEGLIGIBLE, leading_pairs
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

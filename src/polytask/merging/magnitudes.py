@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import pieces
+from polytask.merging.matching import dtype_name, torch_dtype
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 PIECE = 1 << 19
 FEW = 1 << 16
 DIGIT = 16
-WORDS = {torch.float32: (torch.int32, 0x7FFFFFFF), torch.float64: (torch.int64, 0x7FFFFFFFFFFFFFFF)}
+WORDS = {"float32": ("int32", 0x7FFFFFFF), "float64": ("int64", 0x7FFFFFFFFFFFFFFF)}
 
 
 class Census:
@@ -26,7 +31,8 @@ class Census:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.word, self.mask = WORDS[dtype]
+        word, self.mask = WORDS[dtype_name(dtype)]
+        self.word = torch_dtype(word)
         self.shift = 8 * dtype.itemsize - DIGIT
         self.prefix = 0
         self.started = False

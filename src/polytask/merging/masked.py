@@ -25,7 +25,7 @@ from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.merging.engine import check_finite
 from polytask.merging.in_memory import State, specs
-from polytask.merging.matching import compute_dtype, match
+from polytask.merging.matching import compute_dtype, dtype_name, match, torch_dtype
 from polytask.registry import find
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def pack(
     for n in found.merged:
         for label, s in models:
             check_finite(s[n], n, label)
-        to = compute_dtype(s[n].dtype for _, s in models)
+        to = torch_dtype(compute_dtype(dtype_name(s[n].dtype) for _, s in models))
         W0 = base[n].detach().to("cpu", to)
         D = torch.stack([s[n].detach().to("cpu", to) - W0 for s in named.values()])
         unified[n], chosen = masking.unify(D)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 SINGULAR = 1e-6
 """Denominators of the ratio below which the experts cancel out."""

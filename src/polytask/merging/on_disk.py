@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 import polytask
 from polytask.errors import InputError, StorageError
@@ -23,11 +22,13 @@ from polytask.merging.base import Filter, Merger
 from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.in_memory import make, make_filter
-from polytask.merging.matching import Match, Spec, compute_dtype, dtype_name, dtype_of, match
+from polytask.merging.matching import ITEMSIZE, Match, Spec, compute_dtype, match, result_dtype, torch_dtype
 from polytask.merging.safetensors_file import Writer, index_of, shards
 from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from polytask.merging.esm_pp import ESMPP
     from polytask.merging.proxy import Proxy
 
@@ -137,7 +138,7 @@ class MergePlan:
     @cached_property
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of the result."""
-        dtype, merging = None if self.dtype is None else dtype_of(self.dtype), set(self.match.merged)
+        dtype, merging = None if self.dtype is None else result_dtype(self.dtype), set(self.match.merged)
         reference = self.models[0].specs
         return {n: Spec(s.shape, dtype or s.dtype) if n in merging else s for n, s in reference.items()}
 
@@ -149,14 +150,14 @@ class MergePlan:
     @property
     def bytes(self) -> int:
         """Size of the result's tensors."""
-        return sum(s.elements * s.dtype.itemsize for s in self.specs.values())
+        return sum(s.bytes for s in self.specs.values())
 
     @cached_property
     def peak_bytes(self) -> int:
         """Memory for tensors at the largest one: the models', the method's scratch; what the interpreter itself takes comes on top."""
         peak = 0.0
         for name in self.match.merged:
-            size = self.specs[name].elements * self._compute_dtype(name).itemsize
+            size = self.specs[name].elements * ITEMSIZE[self._compute_dtype(name)]
             merger = self.engine.merger(name)
             scratch = merger.scratch + len(self.experts) * merger.scratch_per_expert
             needed = size * (len(self.models) + scratch)
@@ -165,7 +166,7 @@ class MergePlan:
             peak = max(peak, needed)
         return round(peak)
 
-    def _compute_dtype(self, name: str) -> torch.dtype:
+    def _compute_dtype(self, name: str) -> str:
         return compute_dtype(m.specs[name].dtype for m in self.models)
 
     def load(self, name: str) -> tuple[Tensor | None, Tensor]:
@@ -174,7 +175,7 @@ class MergePlan:
         Raises:
             InputError: NaN in one of them.
         """
-        shape, dtype = self.specs[name].shape or (1,), self._compute_dtype(name)
+        shape, dtype = self.specs[name].shape or (1,), torch_dtype(self._compute_dtype(name))
         experts = self.models[-len(self.experts) :]
         W = torch.empty((len(experts), *shape), dtype=dtype)
         W0 = torch.empty(shape, dtype=dtype) if self.base is not None else None
@@ -285,7 +286,6 @@ def _finished(work: Path, digest: str) -> list[str]:
     return []
 
 
-@torch.no_grad()
 def _survey(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
     plan.engine.kept = TensorFolder(work / KEPT)
     plan.engine.survey(plan.match.merged, plan.load, lambda name: told(f"looking at {name}"))
@@ -306,7 +306,6 @@ def _prepare(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
     _survey(plan, work, told)
 
 
-@torch.no_grad()
 def _write_shards(
     plan: MergePlan, work: Path, digest: str, finished: list[str], progress: Callable[[str], None] | None
 ) -> None:
@@ -326,7 +325,7 @@ def _write_shards(
 
 
 def _merged(plan: MergePlan, name: str, spec: Spec) -> Tensor:
-    return written_as(plan.engine.merge(name, *plan.load(name)), spec.dtype, name).reshape(spec.shape)
+    return written_as(plan.engine.merge(name, *plan.load(name)), spec.torch_dtype, name).reshape(spec.shape)
 
 
 def _copy_companions(plan: MergePlan, work: Path) -> None:
@@ -341,7 +340,7 @@ def _copy_companions(plan: MergePlan, work: Path) -> None:
     if config.exists() and plan.dtype is not None:
         said = json.loads(config.read_text(encoding="utf-8"))
         key = "torch_dtype" if "torch_dtype" in said else "dtype"
-        said[key] = dtype_name(dtype_of(plan.dtype))
+        said[key] = result_dtype(plan.dtype)
         config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 

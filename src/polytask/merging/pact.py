@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, Place, as_patterns, in_range
@@ -16,10 +14,14 @@ from polytask.merging.matching import skipped
 from polytask.merging.subspaces import EMPTY, TOLERANCE, orthonormal, rank_for_energy, right_basis, without
 from polytask.registry import register
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
 FULL = 0.9
 """Share of the input space beyond which a protected space leaves nothing worth merging."""
 
-Orth = Callable[[Tensor], Tensor]
+Orth: TypeAlias = "Callable[[Tensor], Tensor]"
 """Gives an orthonormal basis of what a matrix's columns span."""
 
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import in_range
-from polytask.merging.statistics import rows
+from polytask.merging.moments import rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 JITTER = 1e-8
 Gram = Literal["data", "trace", "hybrid"]

@@ -6,21 +6,21 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from polytask.errors import InputError, MissingExtraError, StorageError
 from polytask.merging.checkpoint import Checkpoint, open_checkpoint
 from polytask.merging.engine import all_finite
-from polytask.merging.statistics import gather_fisher, gather_gramians
 
 if TYPE_CHECKING:
     from types import ModuleType
+
+    from torch import Tensor, nn
 
 ARRAYS = (".safetensors", ".npz")
 TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
@@ -30,7 +30,6 @@ FEWEST = 8
 """Examples below which nobody can tell what a layer's inputs look like."""
 
 BATCH = 32
-GATHER: Mapping[str, Callable[..., dict[str, Tensor]]] = {"gramian": gather_gramians, "fisher": gather_fisher}
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,18 @@ class Proxy:
             InputError: inputs that do not fit the model, too few of them; a model that cannot be built or that the weights do not fit.
             StorageError: a file is missing or cut short.
         """
+        from polytask.merging.statistics import gather_fisher, gather_gramians  # a plan gathers nothing
+
         file, expert = self.file([e.path for e in experts], t), experts[t]
         batches = list(_batches(file, _configured(expert.path, base)))
         count = sum(len(next(iter(b.values())) if isinstance(b, dict) else b[0]) for b in batches)
         if count < FEWEST:
             raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
+        gather: Callable[..., dict[str, Tensor]] = gather_gramians if statistic == "gramian" else gather_fisher
         model = self.build(expert, base)
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         try:
-            found = GATHER[statistic](model, [_of_dtype(b, kind) for b in batches])
+            found = gather(model, [_of_dtype(b, kind) for b in batches])
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
@@ -143,7 +145,7 @@ def _manufactured(name: str, checkpoint: Checkpoint) -> nn.Module:
         made = getattr(_module(where), factory)()
     except Exception as error:  # somebody else's code may raise anything
         raise InputError(f"{name} gives no model: {str(error).partition(chr(10))[0]}") from None
-    if not isinstance(made, nn.Module):
+    if not isinstance(made, torch.nn.Module):
         raise InputError(f"{name} gives a {type(made).__name__}, not a torch.nn.Module")
     _load(made, checkpoint, f"the model that {name} gives", whole=True)
     return made
@@ -173,11 +175,10 @@ def _values(tensor: Tensor) -> bytes:
     return hashlib.sha256(text).digest()
 
 
-@torch.no_grad()
 def _load(model: nn.Module, checkpoint: Checkpoint, label: str, *, whole: bool) -> None:
     for n, tensor in model.state_dict().items():
         if n in checkpoint.specs and checkpoint.specs[n].shape == tuple(tensor.shape):
-            tensor.copy_(checkpoint.read(n))
+            checkpoint.read_into(n, tensor)
         elif whole or n in checkpoint.specs:
             raise InputError(f"{label} has a tensor {n} of shape {list(tensor.shape)}, which {checkpoint.path} has not")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import polytask
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import Checkpoint, open_checkpoint
-from polytask.merging.matching import Spec
+from polytask.merging.matching import dtype_name, spec_of
 from polytask.merging.routed import LowRank, Mix, RoutedLinear, expert_names, routed_layers
 from polytask.merging.routed_attention import RoutedAttention
 from polytask.merging.routers import KINDS, Router
@@ -209,10 +209,10 @@ def _router(weight: str, entry: Mapping[str, Any], experts: Checkpoint) -> Route
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    unknown = [n for n, t in tensors.items() if t.dtype not in NAMES]
+    unknown = [n for n, t in tensors.items() if dtype_name(t.dtype) not in NAMES]
     if unknown:
         raise InputError(f"the tensor {unknown[0]} is {tensors[unknown[0]].dtype}, which safetensors has not")
-    with Writer(file, {n: Spec(tuple(t.shape), t.dtype) for n, t in tensors.items()}) as writer:
+    with Writer(file, {n: spec_of(t) for n, t in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor.detach().cpu())
 

@@ -12,27 +12,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.matching import Spec
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000
@@ -48,11 +50,6 @@ class Stored:
     file: Path
     start: int
     spec: Spec
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return self.spec.elements * self.spec.dtype.itemsize
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -77,7 +74,7 @@ def read_header(file: Path) -> dict[str, Stored]:
         raise InputError(f"{file} is not a safetensors file: its header names no tensors")
     header.pop("__metadata__", None)
     found = {name: _stored(file, name, entry, 8 + length) for name, entry in header.items()}
-    end = max((s.start + s.size for s in found.values()), default=8 + length)
+    end = max((s.start + s.spec.bytes for s in found.values()), default=8 + length)
     if end > size:
         last = max(found, key=lambda n: found[n].start)
         raise StorageError(
@@ -96,8 +93,10 @@ def _stored(file: Path, name: str, entry: Mapping[str, Any], origin: int) -> Sto
     if dtype not in DTYPES:
         raise InputError(f"the tensor {name} of {file} has the dtype {dtype}, which cannot be read")
     stored = Stored(file, origin + start, Spec(shape, DTYPES[dtype]))
-    if stored.size != end - start:
-        raise InputError(f"{file} is damaged: the tensor {name} of {stored.size} bytes has a place of {end - start}")
+    if stored.spec.bytes != end - start:
+        raise InputError(
+            f"{file} is damaged: the tensor {name} of {stored.spec.bytes} bytes has a place of {end - start}"
+        )
     return stored
 
 
@@ -107,13 +106,13 @@ def read_into(stored: Stored, out: Tensor) -> None:
     Raises:
         StorageError: the file ends before the tensor does.
     """
-    flat, spec = out.view(-1), stored.spec
-    step = spec.elements if flat.dtype == spec.dtype else PIECE // spec.dtype.itemsize
+    flat, spec, dtype = out.view(-1), stored.spec, stored.spec.torch_dtype
+    step = spec.elements if flat.dtype == dtype else PIECE // dtype.itemsize
     with stored.file.open("rb", buffering=0) as f:
         f.seek(stored.start)
         for begin in range(0, spec.elements, max(step, 1)):
             target = flat[begin : begin + step]
-            raw = target if target.dtype == spec.dtype else torch.empty(len(target), dtype=spec.dtype)
+            raw = target if target.dtype == dtype else torch.empty(len(target), dtype=dtype)
             _fill(f, raw, stored)
             if raw is not target:
                 target.copy_(raw)
@@ -142,9 +141,9 @@ class Writer:
         header, offset = {"__metadata__": {"format": "pt"}}, 0
         entries: dict[str, Any] = dict(header)
         for name, spec in specs.items():
-            size = spec.elements * spec.dtype.itemsize
-            entries[name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, offset + size]}
-            offset += size
+            end = offset + spec.bytes
+            entries[name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [offset, end]}
+            offset = end
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         self.total = 8 + len(text) + offset
@@ -154,7 +153,7 @@ class Writer:
     def add(self, name: str, tensor: Tensor) -> None:
         """Write the next tensor."""
         expected, spec = next(self.waiting)
-        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, spec.shape, spec.dtype)
+        assert (name, tuple(tensor.shape), tensor.dtype) == (expected, spec.shape, spec.torch_dtype)
         self.stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def __enter__(self) -> Self:
@@ -175,12 +174,11 @@ def shards(specs: Mapping[str, Spec], limit: int) -> dict[str, dict[str, Spec]]:
     parts: list[dict[str, Spec]] = [{}]
     filled = 0
     for name, spec in specs.items():
-        size = spec.elements * spec.dtype.itemsize
-        if parts[-1] and filled + size > limit:
+        if parts[-1] and filled + spec.bytes > limit:
             parts.append({})
             filled = 0
         parts[-1][name] = spec
-        filled += size
+        filled += spec.bytes
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions, chunks, in_range
 from polytask.merging.magnitudes import kth_largest_magnitude
 from polytask.merging.sparse import add_up
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import Filter, Place, TaskVectorMerger, chunks, per_expert
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 class SparseMerger(TaskVectorMerger):

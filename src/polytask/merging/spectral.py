@@ -8,10 +8,14 @@ is left over, and where that is too much, all is done in float64.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 NEGLIGIBLE = 1e-6
 """Singular values below this part of the largest are noise of float32 arithmetic: their vectors are left out."""

@@ -1,8 +1,7 @@
 r"""What some methods must know of each expert beside its weights, gathered once on a few inputs and streamed in float64.
 
 The statistic of a linear layer is the Gramian :math:`S = [X\; 1]^\top [X\; 1]` of its inputs with a column of ones appended: one tensor
-that holds :math:`X^\top X`, the sum of the inputs and how many there were. :func:`gramian`, :func:`second_moment`, :func:`input_mean` and
-:func:`rows` read it.
+that holds :math:`X^\top X`, the sum of the inputs and how many there were. :mod:`polytask.merging.moments` reads it.
 """
 
 from __future__ import annotations
@@ -12,32 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from polytask.errors import InputError
-
-
-def gramian(S: Float[Tensor, "d+1 d+1"]) -> Float[Tensor, "d d"]:
-    r""":math:`X^\top X` of the inputs."""
-    return S[:-1, :-1]
-
-
-def second_moment(S: Float[Tensor, "d+1 d+1"]) -> Float[Tensor, "d d"]:
-    r""":math:`X^\top X / n` of the n inputs, not centred."""
-    return S[:-1, :-1] / S[-1, -1]
-
-
-def input_mean(S: Float[Tensor, "d+1 d+1"]) -> Float[Tensor, " d"]:
-    """The mean of the inputs."""
-    return S[:-1, -1] / S[-1, -1]
-
-
-def rows(S: Float[Tensor, "d+1 d+1"]) -> int:
-    """How many inputs (rows of X) there were."""
-    return round(float(S[-1, -1]))
 
 
 @torch.no_grad()

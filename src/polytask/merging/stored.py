@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from polytask.merging.checkpoint import Checkpoint
-from polytask.merging.matching import Spec
+from polytask.merging.matching import spec_of
 from polytask.merging.safetensors_file import Stored, Writer, read_header, read_into
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class StoredTensors(Mapping[str, Tensor]):
+
+class StoredTensors(Mapping[str, "Tensor"]):
     """The tensors of a safetensors file, each read when it is asked for.
 
     Args:
@@ -34,7 +37,7 @@ class StoredTensors(Mapping[str, Tensor]):
         return len(self.header)
 
 
-class CheckpointTensors(Mapping[str, Tensor]):
+class CheckpointTensors(Mapping[str, "Tensor"]):
     """The tensors of a model on disk, each read when it is asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -50,7 +53,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
         return len(self.checkpoint.specs)
 
 
-class Renamed(Mapping[str, Tensor]):
+class Renamed(Mapping[str, "Tensor"]):
     """Tensors under other names.
 
     Args:
@@ -71,7 +74,7 @@ class Renamed(Mapping[str, Tensor]):
         return len(self.names)
 
 
-class TensorFolder(MutableMapping[str, Tensor]):
+class TensorFolder(MutableMapping[str, "Tensor"]):
     """Tensors that are too many for memory, one file each; a file is there completely or not at all.
 
     Args:
@@ -110,12 +113,12 @@ class TensorFolder(MutableMapping[str, Tensor]):
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as one safetensors file, which appears when it is complete."""
-    with Writer(file, {n: Spec(tuple(t.shape), t.dtype) for n, t in tensors.items()}) as writer:
+    with Writer(file, {n: spec_of(t) for n, t in tensors.items()}) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor.detach().cpu())
 
 
 def _read(stored: Stored) -> Tensor:
-    out = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
+    out = torch.empty(stored.spec.shape, dtype=stored.spec.torch_dtype)
     read_into(stored, out)
     return out

@@ -5,18 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.anchored import bias_of
 from polytask.merging.base import PerExpert, per_expert
 from polytask.merging.bayesian_search import Found, search
 from polytask.merging.in_memory import State
+from polytask.merging.moments import rows
 from polytask.merging.posterior import JITTER, Gram, Posterior, own_moment, second_moments
-from polytask.merging.statistics import rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_STRENGTH = (-4.0, 2.0)
 SCALE = (0.5, 1.5)

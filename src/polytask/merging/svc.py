@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import MatrixMerger, Place, TaskVectorOptions, in_range
 from polytask.merging.inner import inner_merger
 from polytask.merging.spectral import NEGLIGIBLE, leading_triplets
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from polytask.errors import InputError
 from polytask.merging.base import Filter, PerExpert, Place, chunks, in_range, per_expert
 from polytask.merging.magnitudes import Census, kth_largest_magnitude
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.merging.base import MatrixMerger, Place
 from polytask.merging.spectral import in_doubt, leading_triplets, polar
 from polytask.registry import register
 
-Polar = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Polar: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 @register(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from polytask.errors import InputError
 from polytask.merging.base import PerExpert, Place, WeightMerger, in_range, per_expert
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(

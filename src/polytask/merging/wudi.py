@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.base import MatrixMerger, Place, TaskVectorOptions
 from polytask.registry import register
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 
 @register(
