@@ -23,14 +23,11 @@ from polytask.errors import InputError
 
 ENTRY_POINT_GROUP = "polytask.methods"
 FAMILIES = {
-    "adaptive": "polytask.merging",
     "balancing": "polytask.balancing",
     "filter": "polytask.merging",
-    "masking": "polytask.merging",
     "merging": "polytask.merging",
     "models": "polytask.models",
     "optim": "polytask.optim",
-    "routing": "polytask.merging",
 }
 """Where each family lives. Nothing of a package is imported before one of its methods is asked for."""
 

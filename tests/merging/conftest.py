@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from polytask.merging import make_filter, merge
+from polytask.merging import Merger, make_filter, merge
 from polytask.registry import Method, methods
 
 State = dict[str, Tensor]
-MERGERS = {m.name: m for m in methods("merging")}
+MERGERS = {m.name: m for m in methods("merging") if issubclass(m.factory, Merger)}
 FILTERS = {m.name: m for m in methods("filter")}
 EVERY = {**MERGERS, **FILTERS}
 SHAPES = {

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polytask.errors import InputError
-from polytask.merging import adapt, gather_gramians, merge
-from polytask.merging.adaptive import entropy
+from polytask.merging import adapt, gather_fisher, gather_gramians, merge
+from polytask.merging.adaptive import Adaptive, entropy
 from polytask.registry import Method, methods
 
 from .conftest import distance
 
 State = dict[str, Tensor]
-ADAPTIVE = {m.name: m for m in methods("adaptive")}
+ADAPTIVE = {m.name: m for m in methods("merging") if issubclass(m.factory, Adaptive)}
 QUICK: dict[str, dict[str, object]] = {"adamerging": {"steps": 60, "learning_rate": 0.02}, "adarank": {"steps": 30}}
 
 
@@ -318,3 +318,56 @@ def test_bad_input(world: tuple[nn.Sequential, State, dict[str, State]]) -> None
         adapt(model, base, experts, inputs(), rank=2)
     with pytest.raises(InputError, match=r"the model has a tensor 6\.weight, which the base has not"):
         adapt(nn.Sequential(*net(), nn.ReLU(), nn.Linear(4, 4)), base, experts, inputs())
+
+
+def test_merge_runs_the_model_where_a_method_asks_for_it(
+    method: Method, world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+    options = QUICK.get(method.name, {})
+    expected = adapt(model, base, experts, inputs(), method.name, check=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        by_name = merge(base, experts, method.name, model=model, inputs=inputs(), **options)
+        in_order = merge(
+            base,
+            list(experts.values()),
+            method.name,
+            model=model,
+            inputs=list(inputs().values()),
+            dtype="float16",
+            **options,
+        )
+    assert all(torch.equal(by_name[n], v) for n, v in expected.items())
+    assert all(torch.equal(in_order[n], v.half()) for n, v in expected.items())
+
+
+@pytest.mark.parametrize("name", ["regmean", "esm", "bmm", "fisher"])
+def test_merge_gathers_what_it_needs_where_the_model_is_given(
+    name: str, world: tuple[nn.Sequential, State, dict[str, State]]
+) -> None:
+    model, base, experts = world
+    seen = []
+    for expert, state in experts.items():
+        own = net()
+        own.load_state_dict(state)
+        seen.append((gather_fisher if name == "fisher" else gather_gramians)(own, inputs()[expert]))
+    expected = merge(base, experts, name, statistics=seen)
+    found = merge(base, experts, name, model=model, inputs=inputs())
+    assert all(torch.equal(found[n], v) for n, v in expected.items())
+    with pytest.raises(InputError, match=f"{name} takes statistics, or a model and inputs to gather them"):
+        merge(base, experts, name, statistics=seen, model=model, inputs=inputs())
+
+
+def test_inputs_that_do_not_fit(world: tuple[nn.Sequential, State, dict[str, State]]) -> None:
+    model, base, experts = world
+    with pytest.raises(InputError, match="ties uses no inputs"):
+        merge(base, experts, "ties", model=model, inputs=inputs())
+    with pytest.raises(InputError, match="the experts are task 0, task 1, task 2"):
+        merge(base, experts, "regmean", model=model, inputs=list(inputs().values())[:2])
+    with pytest.raises(InputError, match="there is no batch of inputs for task 1"):
+        merge(base, experts, "regmean", model=model, inputs={**inputs(), "task 1": []})
+    with pytest.raises(InputError, match="adamerging merges task vectors: it needs the base"):
+        merge(None, experts, "adamerging", model=model, inputs=inputs())
+    with pytest.raises(InputError, match="ties does not run the model"):
+        adapt(model, base, experts, inputs(), "ties")

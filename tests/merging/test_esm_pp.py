@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import ViTConfig, ViTForImageClassification
 from typer.testing import CliRunner
 
 from polytask.cli import app
@@ -169,3 +171,24 @@ def test_sharded_transformers_folders_too(tmp_path: Path) -> None:
     two.load_state_dict(state)
     with torch.no_grad():
         assert torch.allclose(found, two.eval()(pixel_values=x).logits, atol=1e-4)
+
+
+def test_heads_that_differ_stay_out(tmp_path: Path) -> None:
+    def vit(classes: int, seed: int) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return ViTForImageClassification(
+            ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1, num_labels=classes)
+        )
+
+    for seed, (name, classes) in enumerate({"base": 2, "cars": 3, "digits": 5}.items()):
+        vit(classes, seed).save_pretrained(tmp_path / name)
+    pictures = torch.randn(12, 1, 8, 8)
+    save_file({"pixel_values": pictures}, tmp_path / "seen.safetensors")
+    arguments = ["merge", *(tmp_path / n for n in ("base", "cars", "digits")), "--method", "esm_pp", "--set", "rank=2"]
+    arguments += ["--skip", "classifier*", "--proxy", tmp_path / "seen.safetensors", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    loaded = load_routed(tmp_path / "out", vit(2, 7)).eval()
+    assert not [n for n in routed_layers(loaded) if "classifier" in n]
+    assert loaded(pixel_values=pictures).logits.shape == (12, 2)

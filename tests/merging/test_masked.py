@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from polytask.cli import app
 from polytask.errors import InputError, StorageError
-from polytask.merging import MaskedExperts, pack
+from polytask.merging import MaskedExperts, merge, pack
+from polytask.merging.masking import Masking
 from polytask.registry import Method, methods
 
 from .conftest import distance, family
 
-MASKINGS = {m.name: m for m in methods("masking")}
+MASKINGS = {m.name: m for m in methods("merging") if issubclass(m.factory, Masking)}
 
 
 @pytest.fixture(params=MASKINGS.values(), ids=MASKINGS)
@@ -138,3 +143,39 @@ def test_bad_input(tmp_path: Path, masking: Method) -> None:
     (tmp_path / "p" / "masks.safetensors").write_bytes((tmp_path / "p" / "masks.safetensors").read_bytes()[:-10])
     with pytest.raises(StorageError):
         MaskedExperts.load(tmp_path / "p")
+
+
+def with_heads(experts: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    return [{**e, "last.weight": torch.randn(t + 2, 24)} for t, e in enumerate(experts)]
+
+
+@pytest.mark.parametrize("whose", ["cars", "digits"])
+def test_merging_for_one_expert_is_packing_and_unpacking(masking: Method, whose: str, tmp_path: Path) -> None:
+    base, experts = family(2, seed=7, dtype=torch.float32)
+    named = dict(zip(("cars", "digits"), with_heads(experts), strict=True))
+    expected = pack(base, named, masking.name, skip=["last.*"]).expert(whose)
+    found = merge(base, named, masking.name, skip="last.*", expert=whose)
+    assert distance(found, expected) < 1e-6
+    for name, state in {"base": base, **named}.items():
+        (tmp_path / name).mkdir()
+        save_file(state, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"of": name}))
+    settings = ("--method", masking.name, "--set", f"expert={whose}", "--skip", "last.*", "--out", tmp_path / "out")
+    done = CliRunner().invoke(app, ["merge", *(str(tmp_path / n) for n in ("base", *named)), *map(str, settings)])
+    assert done.exit_code == 0, done.output
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[n], v) for n, v in found.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"of": whose}
+
+
+def test_whose_model(masking: Method) -> None:
+    base, experts = family(2)
+    named = dict(zip(("cars", "digits"), experts, strict=True))
+    with pytest.raises(InputError, match="there is no expert 'boats'; there are cars, digits"):
+        merge(base, named, masking.name, expert="boats")
+    with pytest.raises(InputError, match="there is no expert 2 among 2"):
+        merge(base, named, masking.name, expert=2)
+    with pytest.raises(InputError, match="keeps no masks of all experts"):
+        pack(base, named, masking.name, expert="cars")
+    with pytest.raises(InputError, match="ties keeps no masks of all experts"):
+        pack(base, named, "ties")

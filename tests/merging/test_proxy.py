@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from polytask.cli import app
 from polytask.errors import InputError, PolytaskError
-from polytask.merging import gather_fisher, gather_gramians, merge, on_disk
-from polytask.merging.on_disk import MergePlan, write
+from polytask.merging import adapt, gather_fisher, gather_gramians, merge, on_disk
+from polytask.merging.on_disk import MergePlan, plan_of, write
 from polytask.merging.proxy import FEWEST, Proxy
 from polytask.merging.stored import TensorFolder
 
@@ -187,7 +188,7 @@ def test_statistics_asked_for_and_not() -> None:
 
 
 def test_proxy_inputs_and_methods_that_have_no_use_for_them_or_lack_them(place: Path) -> None:
-    with pytest.raises(InputError, match="ties uses no statistics"):
+    with pytest.raises(InputError, match="ties looks at no data"):
         plan(place, "ties")
     with pytest.raises(InputError, match="regmean looks at data: name a few dozen inputs of each expert"):
         MergePlan([place / "cars"], None, "regmean")
@@ -221,3 +222,110 @@ def test_transformers_folders_and_tables_of_text(tmp_path: Path) -> None:
     assert int(seen[0]["bert.encoder.layer.0.attention.self.query.weight"][-1, -1]) == int(
         batch["attention_mask"].sum()
     )
+
+
+LEARNING: list[tuple[str, dict[str, Any]]] = [
+    ("adamerging", {"steps": 5, "learning_rate": 0.1}),
+    ("adarank", {"steps": 3}),
+    ("frank_wolfe", {"labels": True, "start": 0.0}),
+    ("regmean_pp", {}),
+]
+
+
+def learned(name: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    batches: dict[str, list[Any]] = {}
+    for i, expert in enumerate(("cars", "digits"), 1):
+        parts = inputs(i).split(16)
+        batches[expert] = (
+            [(x, torch.zeros(len(x), dtype=torch.long)) for x in parts] if "labels" in options else [*parts]
+        )
+    states = {e: build(i).state_dict() for i, e in enumerate(batches, 1)}
+    return adapt(build(0), build(0).state_dict(), states, batches, name, check=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*led away")
+@pytest.mark.parametrize(("name", "options"), LEARNING)
+def test_methods_that_run_the_model_do_so_on_disk(place: Path, name: str, options: dict[str, Any]) -> None:
+    settings = [t for o, v in options.items() for t in ("--set", f"{o}={str(v).lower()}")]
+    command = (
+        "merge",
+        place / "base",
+        place / "cars",
+        place / "digits",
+        "--method",
+        name,
+        *settings,
+        "--proxy",
+        place / "data",
+    )
+    command = (*command, "--model", f"{place}/net.py:net")
+    planned = polytask(*command, "--dry-run", "--json")
+    assert planned.exit_code == 0, planned.stderr
+    assert json.loads(planned.stdout)["peak_bytes"] > 5 * json.loads(planned.stdout)["bytes"]
+    assert not (place / "net.log").exists()
+    done = polytask(*command, "--out", place / "out")
+    assert done.exit_code == 0, done.stderr
+    assert same(place / "out", learned(name, options))
+    assert sorted(p.name for p in (place / "out").iterdir()) == ["merge.json", "model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:.*led away")
+def test_killed_and_started_again_it_learns_nothing_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def planned() -> MergePlan:
+        return plan_of("adamerging")(
+            [place / "cars", place / "digits"],
+            place / "base",
+            "adamerging",
+            lambda _: {"steps": 3},
+            proxy=Proxy(place / "data", f"{place}/net.py:net"),
+        )
+
+    with monkeypatch.context() as patched:
+        patched.setattr(on_disk, "_write_shards", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(planned(), place / "out")
+    assert not (place / "out").exists()
+    assert (place / "net.log").read_text().count("made") == 1
+    write(planned(), place / "out")
+    assert (place / "net.log").read_text().count("made") == 1
+    assert same(place / "out", learned("adamerging", {"steps": 3}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("--no-base",), "adamerging merges task vectors: it needs the base"),
+        (("--set", "colour=3"), "adamerging has no option 'colour'"),
+        (
+            ("--set", "labels=true", "--proxy", "bare.npz"),
+            "bare.npz holds no array 'labels', which the method learns from",
+        ),
+        (("--proxy", "nowhere"), "there are no proxy inputs at"),
+        (("--as-adapter", "2"), "is no adapter"),
+    ],
+)
+def test_bad_input_of_methods_that_run_the_model(
+    place: Path, monkeypatch: pytest.MonkeyPatch, change: Any, said: str
+) -> None:
+    monkeypatch.chdir(place)
+    np.savez("bare.npz", inputs=inputs(1).numpy())
+    done = polytask(
+        "merge",
+        "base",
+        "cars",
+        "digits",
+        "--method",
+        "adamerging",
+        "--proxy",
+        "data",
+        "--model",
+        "net.py:net",
+        "--out",
+        "out",
+        *change,
+    )
+    assert (done.exit_code in (2, 5), said in done.stderr) == (True, True), done.stderr
+    assert not [p for p in place.iterdir() if "out" in p.name]

@@ -70,7 +70,7 @@ def merge(
         Path | None,
         typer.Option(
             metavar="DATA",
-            help="A few dozen inputs for methods with statistics: arrays, a table with a column 'text', or a folder with a file an expert.",
+            help="A few dozen inputs for methods that look at data: arrays, a table with 'text', or a folder with a file an expert.",
             show_default=False,
         ),
     ] = None,
@@ -114,14 +114,14 @@ def merge(
         given = settings or filters or skip or no_base or dtype or seed or method != METHOD
         plan, folder = _configured(paths, folder, inputs, given=bool(given))
     else:
-        from polytask.merging.on_disk import MergePlan
+        from polytask.merging.on_disk import plan_of
 
         if len(paths) < 2:
             raise InputError("name the base and at least one fine-tuned model, or a configuration file")
         options = dict(_setting(s) for s in settings or ())
         method, routing = _routing(method, options)
         base, experts = (None, paths) if no_base else (paths[0], paths[1:])
-        plan = MergePlan(
+        plan = plan_of(method)(
             experts,
             base,
             method,
@@ -163,13 +163,12 @@ def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: boo
 
 def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
     """The merger of a method, and what adds experts to its result where the method does; that takes its options out."""
+    from polytask.merging.base import Merger
     from polytask.merging.in_memory import merging_method
-    from polytask.registry import known
 
-    method = method.replace("++", "_pp")
-    found = known(method, "merging", "routing")
-    if found is None or found.family == "merging":
-        return merging_method(method).name, None
+    found = merging_method(method)
+    if found.needs == "inputs" or issubclass(found.factory, Merger):  # type: ignore[arg-type]
+        return found.name, None
     own = {name: options.pop(name) for name in list(options) if name in found.options}
     made: ESMPP = found.factory(**own)
     return made.static, made

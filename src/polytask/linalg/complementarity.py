@@ -6,17 +6,21 @@ import numpy as np
 import numpy.typing as npt
 
 from polytask.linalg.scaling import Matrix, Vector
-from polytask.linalg.shared_matrix import refine, settle
+from polytask.linalg.shared_matrix import pull_of, refine, settle
 
 Mask = npt.NDArray[np.bool_]
+Places = npt.NDArray[np.intp]
 
 RELATIVE_TOLERANCE = 1e-12
 FEW = 20  # coordinates up to which an elimination costs less than a good first guess
 MANY = 60  # rows from which products with all of them at once cost less than eliminations,
-SMALL = 28  # unless so few coordinates are free
+SMALL = 28  # unless so few coordinates are free,
+FIRM = 0.6  # or the pull says that it would take many
+TURNS, WEAKER = 4, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
+SETTLED_ROUNDS = 4
 PIVOT_ROUNDS = 60
 PATIENCE = 3  # exchanges of many coordinates without progress
-STACKED = 25  # systems solved in one call
+STACKED = 13  # systems solved in one call: what stays in the cache
 SINGLY = 6  # exchanges of one coordinate before a single row, or one of more than a few, is followed instead
 MOST_TURNS = 5  # for each coordinate
 LOOSE = 1e-10
@@ -43,26 +47,49 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     Source: Júdice and Pires, Computers & Operations Research 21 (1994); Lawson and Hanson, Solving Least Squares
     Problems (1974).
     """
-    if free is not None:
-        return _pivot(M, Q, free.copy())
-    if len(Q) == 1 or Q.shape[1] <= FEW:
-        return _pivot(M, Q, Q < 0)
-    Z, free = settle(M, Q)
-    if len(Q) < MANY or free.sum(1).max() <= SMALL:
-        return _pivot(M, Q, free)
-    Z, free, open_ = refine(M, Q, Z, free)
-    if open_.any():
-        Z[open_] = _pivot(M, Q[open_], free[open_])
-    return Z
+    n = Q.shape[1]
+    if free is not None or len(Q) == 1 or n <= FEW:
+        Z, free, rows = _pivot(M, Q, Q < 0 if free is None else free.copy(), PIVOT_ROUNDS)
+    else:
+        Z, free, rows = _together(M, Q)
+    for row in rows:
+        Z[row] = _follow(M, Q[row], free[row])
+    return np.maximum(Z, 0.0)
 
 
-def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
-    """Exchange all coordinates of the wrong sign; where that has not made them fewer for a while, one at a time."""
+def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
+    """Guess by alternating directions, and pivot; those rows that resist by more of them, with less pull: they are ill-conditioned."""
+    pull = pull_of(M)
+    V = settle(M, Q, pull)
+    Z, free, rows = np.zeros_like(Q), V > 0, np.arange(len(Q))
+    if len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
+        Z, free, open_ = refine(M, Q, V * np.abs(Q).max(1, keepdims=True), free)
+        rows = rows[open_]
+        V = V[rows]
+    for turn in range(TURNS):
+        if turn:
+            pull /= WEAKER
+            V = settle(M, Q[rows], pull, np.where(V < 0, np.float32(WEAKER) * V, V))
+            free[rows] = V > 0
+        if not len(rows):
+            break
+        Z[rows], free[rows], resisting = _pivot(M, Q[rows], free[rows], SETTLED_ROUNDS)
+        rows, V = rows[resisting], V[resisting]
+        if not len(rows):
+            break
+    return Z, free, rows
+
+
+def _pivot(M: Matrix, Q: Matrix, free: Mask, rounds: int) -> tuple[Matrix, Mask, Places]:
+    """Exchange all coordinates of the wrong sign; where that has not made them fewer for a while, one at a time.
+
+    Also the free sets, and the rows that resist.
+    """
     n = Q.shape[1]
     Z, todo, resisting = np.zeros_like(Q), np.arange(len(Q)), []
     size = np.abs(Q).max(1)
     fewest, patience = np.full(len(Q), n + 1), np.full(len(Q), PATIENCE)
-    for _ in range(PIVOT_ROUNDS):
+    for _ in range(rounds):
         F = free[todo]
         Z[todo] = z = _solve_free(M, Q[todo], F)
         slack = z @ M + Q[todo]
@@ -82,9 +109,7 @@ def _pivot(M: Matrix, Q: Matrix, free: Mask) -> Matrix:
         last = np.zeros_like(wrong)
         last[np.arange(len(todo)), n - 1 - wrong[:, ::-1].argmax(1)] = True
         free[todo] ^= np.where((patience[todo] >= 0)[:, None], wrong, last)
-    for row in [*resisting, *todo]:
-        Z[row] = _follow(M, Q[row], free[row])
-    return np.maximum(Z, 0.0)
+    return Z, free, np.asarray([*resisting, *todo], dtype=np.intp)
 
 
 def _follow(M: Matrix, q: Vector, free: Mask) -> Vector:
@@ -154,20 +179,15 @@ def _solve_free(M: Matrix, Q: Matrix, F: Mask) -> Matrix:
     if Q.shape[1] <= FEW:  # all of one size, padded with the identity
         padded = np.where(F[:, :, None] & F[:, None, :], M, np.eye(Q.shape[1]))
         return np.asarray(np.linalg.solve(padded, np.where(F, -Q, 0.0)[:, :, None])[:, :, 0])
-    counts = F.sum(1)
+    # stacks of systems of about one size, the smaller ones padded with the identity
+    n, counts = len(M), F.sum(1)
     order = np.argsort(counts, kind="stable")
     order = order[counts[order] > 0]
-    # stacks of systems of about one size, the smaller ones padded with the identity
     for rows in np.array_split(order, -(-len(order) // STACKED)) if len(order) else ():
         width = counts[rows[-1]]
         index = np.argsort(~F[rows], axis=1, kind="stable")[:, :width]
-        if (counts[rows] == width).all():
-            A, b = M[index[:, :, None], index[:, None, :]], -np.take_along_axis(Q[rows], index, 1)
-        else:
-            inside = np.arange(width) < counts[rows][:, None]
-            A = np.where(
-                inside[:, :, None] & inside[:, None, :], M[index[:, :, None], index[:, None, :]], np.eye(width)
-            )
-            b = np.where(inside, -np.take_along_axis(Q[rows], index, 1), 0.0)
+        A, b = M.take(n * index[:, :, None] + index[:, None, :]), -np.take_along_axis(Q[rows], index, 1)
+        system, at = np.nonzero(np.arange(width) >= counts[rows][:, None])
+        A[system, at], A[system, :, at], A[system, at, at], b[system, at] = 0.0, 0.0, 1.0, 0.0
         Z[rows[:, None], index] = np.linalg.solve(A, b[:, :, None])[:, :, 0]
     return Z

@@ -13,7 +13,7 @@ from polytask.merging.base import in_range
 from polytask.registry import register
 
 
-@register("adamerging", family="adaptive", paper="arXiv:2310.02575", needs="inputs", aliases=("AdaMerging",))
+@register("adamerging", family="merging", paper="arXiv:2310.02575", needs="inputs", aliases=("AdaMerging",))
 class AdaMerging(Adaptive):
     r"""Learn how much of each task vector to add, so that the merged model is sure of its answers on unlabelled inputs.
 

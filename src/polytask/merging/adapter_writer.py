@@ -50,10 +50,8 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> flo
         raise InputError(f"the rank of an adapter is at least 1, not {rank}")
     adapters = _adapters(plan)
     layers = _layers(plan, adapters)
-    if plan.statistic is not None or plan.routing is not None:
-        raise InputError(
-            f"{plan.method} merges with statistics of whole models: its result cannot be written as an adapter"
-        )
+    if plan.proxy is not None or plan.routing is not None:
+        raise InputError(f"{plan.method} looks at data with whole models: its result cannot be written as an adapter")
     r = rank or sum(max(a.tensors.specs[u.A].shape[0] for u in a.updates.values()) for a in adapters)
     plan.engine.survey(plan.match.merged, plan.load)
     work = folder.with_name(f".{folder.name}.writing")

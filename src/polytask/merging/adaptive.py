@@ -20,9 +20,9 @@ from polytask.errors import InputError
 from polytask.merging.base import Filter, place_of
 from polytask.merging.engine import check_finite, written_as
 from polytask.merging.fusion import logits_of
-from polytask.merging.in_memory import State, make_filter, specs
-from polytask.merging.matching import match
-from polytask.registry import find
+from polytask.merging.in_memory import State, built, by_expert, make_filter, merging_method, specs
+from polytask.merging.matching import match, result_dtype, torch_dtype
+from polytask.merging.statistics import holding
 
 if TYPE_CHECKING:
     from polytask.registry import Method
@@ -81,7 +81,7 @@ class Bench:
 
     def with_weights(self, W: Mapping[str, Tensor], expert: str) -> nn.Module:
         """The model itself, holding those weights, for what must be hooked."""
-        return _filled(self.model, {**W, **self.apart[expert]})
+        return holding(self.model, {**W, **self.apart[expert]})
 
 
 class Adaptive(ABC):
@@ -150,8 +150,9 @@ def adapt(
     batches: Mapping[str, Sequence[Any]],
     method: str = "adamerging",
     *,
-    skip: Sequence[str] = (),
-    filters: Sequence[Filter | str] = (),
+    skip: str | Sequence[str] = (),
+    filters: Filter | str | Sequence[Filter | str] = (),
+    dtype: torch.dtype | str | None = None,
     seed: int = 0,
     check: bool = True,
     **options: Any,
@@ -167,9 +168,10 @@ def adapt(
         experts: their state dicts, by name.
         batches: {expert: inputs of its task}; a tuple is unpacked into positional arguments, a dict into named ones. Methods with labels
             take pairs of inputs and labels instead.
-        method: see ``polytask methods --family adaptive``.
+        method: ``adamerging``, ``adarank``, ``frank_wolfe`` or ``regmean_pp``.
         skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
         filters: of task vectors, applied before, such as ``"trim"``.
+        dtype: of the merged tensors; the base's when omitted.
         seed: of random draws in filters.
         check: compare the result's answers with the experts', filtered ones where there are filters; takes a few forward passes.
         options: the method's own.
@@ -183,20 +185,23 @@ def adapt(
 
     Cost: the method's; memory for the base, all task vectors, and a few models more.
     """
-    entry = find(method, family="adaptive")
-    unknown = [o for o in options if o not in entry.options]
-    if unknown:
-        raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
-    fitting: Adaptive = entry.factory(**options)
+    entry = merging_method(method)
+    if not (isinstance(entry.factory, type) and issubclass(entry.factory, Adaptive)):
+        raise InputError(f"{entry.name} does not run the model: polytask.merging.merge merges by it")
+    fitting: Adaptive = built(entry, options)
+    wanted = None if dtype is None else torch_dtype(result_dtype(dtype))
+    chosen = [filters] if isinstance(filters, str | Filter) else filters
     if fitting.takes_labels:
         _check_pairs(batches, entry.name)
-    bench = _bench(model, base, experts, batches, skip, filters, seed)
+    bench = _bench(model, base, experts, batches, skip, chosen, seed)
     bench.labelled = fitting.takes_labels
     merged = fitting.fit(bench)
     if check:
         _warn_of_a_way_off(bench, merged, entry.name)
     result = {n: v.detach().clone() for n, v in base.items()}
-    return result | {n: written_as(v.detach(), base[n].dtype, n).to(base[n].device) for n, v in merged.items()}
+    return result | {
+        n: written_as(v.detach(), wanted or base[n].dtype, n).to(base[n].device) for n, v in merged.items()
+    }
 
 
 def _check_pairs(batches: Mapping[str, Sequence[Any]], name: str) -> None:
@@ -225,20 +230,17 @@ def _bench(
     base: State,
     experts: Mapping[str, State],
     batches: Mapping[str, Sequence[Any]],
-    skip: Sequence[str],
+    skip: str | Sequence[str],
     filters: Sequence[Filter | str],
     seed: int,
 ) -> Bench:
     if not experts:
         raise InputError("there is nothing to merge: no expert was given")
-    if set(batches) != set(experts):
-        raise InputError(f"inputs are of {', '.join(batches) or 'no task'}; the experts are {', '.join(experts)}")
-    empty = [e for e, found in batches.items() if not len(found)]
-    if empty:
-        raise InputError(f"there is no batch of inputs for {empty[0]}")
+    of_each = by_expert(batches, list(experts))
     models = [("the base", base), *experts.items()]
     found = match([(label, specs(s, label)) for label, s in models], skip)
-    lacking = [n for n in model.state_dict() if n not in base]
+    present = {v.data_ptr() for n, v in model.state_dict().items() if n in base}
+    lacking = [n for n, v in model.state_dict().items() if n not in base and v.data_ptr() not in present]
     if lacking:
         raise InputError(f"the model has a tensor {lacking[0]}, which the base has not: build the base's architecture")
     for label, state in models:
@@ -254,13 +256,4 @@ def _bench(
         D = {n: each.apply(W0[n], d, place_of(n, seed)) for n, d in D.items()}
     apart = {e: {n: v.detach().clone() for n, v in s.items() if n not in W0} for e, s in experts.items()}
     clean = deepcopy(model).cpu().eval().requires_grad_(False)
-    return Bench(clean, W0, D, apart, {e: list(b) for e, b in batches.items()})
-
-
-@torch.no_grad()
-def _filled(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-    filled = deepcopy(model)
-    for name, tensor in filled.state_dict(keep_vars=True).items():
-        # heads differ in shape from expert to expert
-        tensor.data = state[name].detach().clone()
-    return filled
+    return Bench(clean, W0, D, apart, {e: list(of_each[e]) for e in experts})

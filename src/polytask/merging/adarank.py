@@ -17,7 +17,7 @@ OFF = 0.1
 """How far below zero a direction's entry starts that is off, and above it one that is on."""
 
 
-@register("adarank", family="adaptive", paper="arXiv:2503.22178", needs="inputs", aliases=("AdaRank",))
+@register("adarank", family="merging", paper="arXiv:2503.22178", needs="inputs", aliases=("AdaRank",))
 class AdaRank(Adaptive):
     r"""Learn which singular directions of each task vector to keep, and how much of each task vector to add, on unlabelled inputs.
 

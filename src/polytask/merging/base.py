@@ -122,12 +122,14 @@ class Merger(Stage):
         statistic: which statistic, for ``needs = "statistics"``.
         fewest: experts it takes at least.
         most: experts it takes at most.
+        keeps: the position of the expert whose own tensors stand where none are merged; the base's do where it is None.
     """
 
     needs: ClassVar[str]
     statistic: ClassVar[str | None] = None
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
+    keeps: int | None = None
 
     @abstractmethod
     def merge(self, W0: Tensor | None, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
 from polytask.merging.in_memory import merging_method
-from polytask.merging.on_disk import MergePlan
+from polytask.merging.on_disk import MergePlan, plan_of
 from polytask.merging.proxy import Proxy
 from polytask.registry import Method
 
@@ -106,7 +106,7 @@ def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan
     parameters = {n for s in (*settings, *common) for n in s} - set(WITHOUT_MEANING)
     fixed = {"around_base": True} if base is not None and "around_base" in method.options else {}
     options = partial(_options, method, parameters, settings, common, fixed, layers, file)
-    return MergePlan(
+    return plan_of(method.name)(
         experts,
         None if method.name in WITH_BASE else base_place,
         method.name,

@@ -20,7 +20,7 @@ from polytask.registry import register
 
 @register(
     "esm_pp",
-    family="routing",
+    family="merging",
     paper="arXiv:2606.19164",
     needs="statistics",
     aliases=("esm_plus_plus",),

@@ -15,7 +15,7 @@ from polytask.registry import register
 
 
 @register(
-    "frank_wolfe", family="adaptive", paper="arXiv:2503.12649", needs="inputs", aliases=("fw_merging", "FW-Merging")
+    "frank_wolfe", family="merging", paper="arXiv:2503.12649", needs="inputs", aliases=("fw_merging", "FW-Merging")
 )
 class FrankWolfe(Adaptive):
     r"""Walk from task arithmetic towards one expert at a time, always the one that the loss falls towards fastest.

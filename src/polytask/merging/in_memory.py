@@ -13,20 +13,18 @@ from polytask.errors import InputError
 from polytask.merging.base import Filter, Merger
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.matching import Spec, compute_dtype, match, result_dtype, spec_of, torch_dtype
-from polytask.registry import Method, find, methods, spelling
+from polytask.registry import Method, find, known
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 State: TypeAlias = "Mapping[str, Tensor]"
 
-ELSEWHERE = {
-    "filter": "it is a filter of task vectors, which goes before one (--filter, or filters=[...])",
-    "adaptive": "it runs the model on inputs while it merges; polytask.merging.adapt does that, and polytask merge compare",
-    "masking": "it keeps a mask for each expert; polytask.merging.pack does that",
-    "routing": "it keeps experts in one model; polytask.merging.route_by_prototypes does that, and polytask merge --method",
+WHOLE = {
+    "inputs": "runs the model on inputs while it merges: give them both to polytask.merging.merge",
+    "statistics": "keeps experts in one model: polytask.merging.route_by_prototypes makes it, and polytask merge",
 }
-"""What related families are, and where they are to be had."""
+"""What is to be said of methods that do not go tensor by tensor, by what they need."""
 
 
 def make(name: str, **options: Any) -> Merger:
@@ -37,9 +35,12 @@ def make(name: str, **options: Any) -> Merger:
         options: the method's own.
 
     Raises:
-        InputError: unknown name or option; the message names the nearest ones.
+        InputError: unknown name or option; the message names the nearest ones. A method that does not go tensor by tensor.
     """
-    merger: Merger = _built(merging_method(name), options)
+    entry = merging_method(name)
+    if not (isinstance(entry.factory, type) and issubclass(entry.factory, Merger)):
+        raise InputError(f"{entry.name} {WHOLE[entry.needs]}")
+    merger: Merger = built(entry, options)
     return merger
 
 
@@ -47,17 +48,17 @@ def merging_method(name: str) -> Method:
     """The registered merging method of a name or an alias.
 
     Raises:
-        InputError: no such method; the message names the nearest ones, or what else carries the name.
+        InputError: no such method; the message names the nearest ones, or says that it is a filter.
     """
     label = name.replace("++", "_pp") if isinstance(name, str) else name
     try:
         return find(label, family="merging")
     except InputError:
-        related = [m for m in methods() if m.family in ELSEWHERE]
-        for other in related if isinstance(label, str) else ():
-            if spelling(label) in map(spelling, (other.name, *other.aliases)):
-                raise InputError(f"{other.name} is no merging method: {ELSEWHERE[other.family]}") from None
-        raise
+        other = known(label, "filter") if isinstance(label, str) else None
+        if other is None:
+            raise
+        instead = "it is a filter of task vectors, which goes before one (--filter, or filters=[...])"
+        raise InputError(f"{other.name} is no merging method: {instead}") from None
 
 
 def make_filter(name: str, **options: Any) -> Filter:
@@ -83,11 +84,16 @@ def make_filter(name: str, **options: Any) -> Filter:
             raise InputError(
                 f"options of a filter are written {name}:OPTION=VALUE,OPTION=VALUE, not {name}:{text}"
             ) from None
-    found: Filter = _built(find(name, family="filter"), options)
+    found: Filter = built(find(name, family="filter"), options)
     return found
 
 
-def _built(method: Method, options: Mapping[str, Any]) -> Any:
+def built(method: Method, options: Mapping[str, Any]) -> Any:
+    """A method with its options.
+
+    Raises:
+        InputError: one that it has not, or of another kind.
+    """
     unknown = [o for o in options if o not in method.options]
     if unknown:
         raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
@@ -126,6 +132,8 @@ def merge(
     skip: str | Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
     statistics: Sequence[Mapping[str, Tensor]] = (),
+    model: nn.Module | None = None,
+    inputs: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]] | None = None,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
     **options: Any,
@@ -144,15 +152,21 @@ def merge(
         dtype: of the merged tensors; the base's when omitted.
         statistics: for each expert the statistics of its tensors, for methods that need them; see
             :func:`~polytask.merging.gather_gramians` and :func:`~polytask.merging.gather_fisher`.
+        model: the architecture, for methods that run it; it is left as it was. Those that need statistics gather them when it is given.
+        inputs: what it is run on: for each expert a few batches of its task, by name or in order; a tuple is unpacked into positional
+            arguments, a dict into named ones. Methods that learn from labels take pairs of inputs and labels; see
+            :func:`~polytask.merging.adapt`.
         seed: of all random draws.
         progress: called with the name of each tensor when it is done.
-        options: the method's own; what may differ between experts, such as weights, in a sequence or by the experts' names.
+        options: the method's own; what may differ between experts, such as weights, in a sequence or by the experts' names. Methods with
+            masks give the model of one expert, ``expert="cars"``.
 
     Returns:
-        The merged state dict, with the tensors of the base (of the first expert where there is no base), in their order.
+        The merged state dict, with the tensors of the base (of the first expert where there is no base, of the one whose model it is with
+        masks), in their order.
 
     Raises:
-        InputError: models that do not fit together, NaN in a tensor, an unknown method or option.
+        InputError: models that do not fit together, NaN in a tensor, an unknown method or option, inputs that are missing or not used.
 
     Example:
         >>> base = {"w": torch.zeros(2)}
@@ -162,9 +176,22 @@ def merge(
     named = dict(experts) if isinstance(experts, Mapping) else {f"expert {i}": s for i, s in enumerate(experts, 1)}
     if not named:
         raise InputError("there is nothing to merge: no expert was given")
-    # what is one an expert may be given by the experts' names
-    by_name = {o: v for o, v in options.items() if isinstance(v, Mapping) and v.keys() == named.keys()}
-    merger = make(method, **{**options, **{o: [v[n] for n in named] for o, v in by_name.items()}})
+    entry, options = merging_method(method), for_experts(options, list(named))
+    batches = by_expert(inputs, list(named))
+    if entry.needs == "inputs":
+        return _run(entry, base, named, model, batches, filters, skip, dtype, seed, options)
+    merger = make(method, **options)
+    if batches:
+        if merger.statistic is None or statistics or model is None:
+            why = (
+                "uses no inputs"
+                if merger.statistic is None
+                else "takes statistics, or a model and inputs to gather them"
+            )
+            raise InputError(f"{entry.name} {why}")
+        from polytask.merging.statistics import gather, holding
+
+        statistics = [gather(merger.statistic, holding(model, s), batches[n]) for n, s in named.items()]
     models = ([("the base", base)] if base is not None else []) + list(named.items())
     out = None if dtype is None else torch_dtype(result_dtype(dtype))
     described = [(label, specs(s, label)) for label, s in models]
@@ -186,18 +213,87 @@ def merge(
         return (W[0].clone(), torch.stack(W[1:])) if base is not None else (None, torch.stack(W))
 
     engine.survey(found.merged, load)
-    return _merged(engine, models, found.merged, load, out, progress)
+    return _merged(
+        engine,
+        models,
+        models[0 if merger.keeps is None else merger.keeps - len(named)][1],
+        found.merged,
+        load,
+        out,
+        progress,
+    )
+
+
+def for_experts(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Options with what they say of experts by name put in the experts' order.
+
+    Raises:
+        InputError: there is no expert of a name.
+    """
+    found = {
+        o: [v[n] for n in names] if isinstance(v, Mapping) and v.keys() == set(names) else v for o, v in options.items()
+    }
+    if isinstance(found.get("expert"), str):
+        if found["expert"] not in names:
+            raise InputError(f"there is no expert {found['expert']!r}; there are {', '.join(names)}")
+        found["expert"] = names.index(found["expert"])
+    return found
+
+
+def by_expert(
+    inputs: Mapping[str, Sequence[Any]] | Sequence[Sequence[Any]] | None, names: Sequence[str]
+) -> dict[str, Sequence[Any]]:
+    """Batches by the experts' names, none where there are none.
+
+    Raises:
+        InputError: they are not of these experts.
+    """
+    if inputs is None:
+        return {}
+    found = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
+    if set(found) != set(names) or len(inputs) != len(names):
+        raise InputError(f"inputs are of {', '.join(found) or 'no task'}; the experts are {', '.join(names)}")
+    empty = [n for n, batches in found.items() if not len(batches)]
+    if empty:
+        raise InputError(f"there is no batch of inputs for {empty[0]}")
+    return found
+
+
+def _run(
+    entry: Method,
+    base: State | None,
+    experts: Mapping[str, State],
+    model: nn.Module | None,
+    batches: Mapping[str, Sequence[Any]],
+    filters: Filter | str | Sequence[Filter | str],
+    skip: str | Sequence[str],
+    dtype: torch.dtype | str | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """Merge by a method that runs the model."""
+    from polytask.merging.adaptive import adapt
+
+    if base is None:
+        raise InputError(f"{entry.name} merges task vectors: it needs the base that the experts started from")
+    if model is None or not batches:
+        raise InputError(
+            f"{entry.name} runs the model while it merges: give model= and inputs=, some batches of each expert's task"
+        )
+    return adapt(
+        model, base, experts, batches, entry.name, skip=skip, filters=filters, dtype=dtype, seed=seed, **options
+    )
 
 
 def _merged(
     engine: Engine,
     models: Sequence[tuple[str, State]],
+    reference: State,
     names: Sequence[str],
     load: Callable[[str], tuple[Tensor | None, Tensor]],
     dtype: torch.dtype | None,
     progress: Callable[[str], None] | None,
 ) -> dict[str, Tensor]:
-    reference = models[0][1]
     merging = set(names)
     result: dict[str, Tensor] = {}
     tied: dict[Any, str] = {}

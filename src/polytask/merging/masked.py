@@ -9,47 +9,27 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from safetensors.torch import save_file
 from torch import Tensor
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.merging.engine import check_finite
-from polytask.merging.in_memory import State, specs
+from polytask.merging.in_memory import State, make, specs
+from polytask.merging.masking import Masking
 from polytask.merging.matching import compute_dtype, dtype_name, match, torch_dtype
-from polytask.registry import find
-
-if TYPE_CHECKING:
-    from polytask.registry import Method
 
 FILES = ("model.safetensors", "unified.safetensors", "masks.safetensors")
 ABOUT = "masks.json"
 FORMAT = 1
-
-
-class Masking(ABC):
-    """A rule that makes one task vector of several, and says which of its entries each expert uses.
-
-    Attributes:
-        rescaled: whether an expert's part is stretched to the mean magnitude of its own task vector.
-    """
-
-    method: ClassVar[Method]
-    needs: ClassVar[str] = "base"
-    rescaled: ClassVar[bool]
-
-    @abstractmethod
-    def unify(self, D: Float[Tensor, "experts ..."]) -> tuple[Float[Tensor, "..."], Bool[Tensor, "experts ..."]]:
-        """The common task vector and each expert's mask, of one tensor; D may not be changed."""
 
 
 @dataclass
@@ -157,7 +137,7 @@ def pack(
     Args:
         base: the state dict that the experts were fine-tuned from.
         experts: their state dicts, by name or in a sequence.
-        method: see ``polytask methods --family masking``.
+        method: ``emr`` or ``tall``.
         skip: patterns of tensors that stay as each expert has them, such as ``"head.*"``.
         options: the method's own.
 
@@ -169,11 +149,9 @@ def pack(
     named = dict(experts) if isinstance(experts, Mapping) else {f"expert {i}": s for i, s in enumerate(experts, 1)}
     if not named:
         raise InputError("there is nothing to pack: no expert was given")
-    entry = find(method, family="masking")
-    unknown = [o for o in options if o not in entry.options]
-    if unknown:
-        raise InputError(f"{entry.name} has no option {unknown[0]!r}; it takes {', '.join(entry.options) or 'none'}")
-    masking: Masking = entry.factory(**options)
+    masking = make(method, **options)
+    if not isinstance(masking, Masking) or masking.expert is not None:
+        raise InputError(f"{masking.method.name} keeps no masks of all experts: merge by it")
     models = [("the base", base), *named.items()]
     found = match([(label, specs(s, label)) for label, s in models], skip)
     unified: dict[str, Tensor] = {}

@@ -21,8 +21,9 @@ from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
 from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
-from polytask.merging.in_memory import make, make_filter
+from polytask.merging.in_memory import for_experts, make, make_filter, merging_method
 from polytask.merging.matching import ITEMSIZE, Match, Spec, compute_dtype, match, result_dtype, torch_dtype
+from polytask.merging.proxy import CONFIG, expert_name
 from polytask.merging.safetensors_file import Writer, index_of, shards
 from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
 
@@ -93,16 +94,24 @@ class MergePlan:
             raise InputError("there is nothing to merge: no expert was given")
         if self.shard_size <= 0:
             raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
-        if self.statistic is not None and self.proxy is None:
+        if self.looks_at_data and self.proxy is None:
             raise InputError(f"{self.method} looks at data: name a few dozen inputs of each expert, with --proxy DATA")
+        self.check()
+        if self.proxy is not None:
+            if not self.looks_at_data:
+                raise InputError(f"{self.method} looks at no data: leave out the proxy inputs")
+            for t in range(len(self.experts)):
+                self.proxy.file(self.experts, t)
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any tensor is read.
+
+        Raises:
+            InputError: the number of experts, a missing base, filters before a method without task vectors.
+        """
         self.engine.check(
             self.match.merged, len(self.experts), self.base is not None, len(self.experts) if self.proxy else 0
         )
-        if self.proxy is not None:
-            if self.statistic is None:
-                raise InputError(f"{self.method} uses no statistics: leave out the proxy inputs")
-            for t in range(len(self.experts)):
-                self.proxy.file(self.experts, t)
 
     @cached_property
     def models(self) -> list[Checkpoint]:
@@ -122,13 +131,29 @@ class MergePlan:
         made: dict[str, Merger] = {}
         by_name: dict[str, Merger] = {}
         for name in self.match.merged:
-            options = dict(self.options(name))
+            options = for_experts(self.options(name), self.names)
             key = json.dumps(options, sort_keys=True)
             if key not in made:
                 made[key] = make(self.method, **options)
             by_name[name] = made[key]
         filters: list[Filter] = [make_filter(f) for f in self.filters]
         return Engine(by_name.__getitem__, filters, (), self.seed)
+
+    @property
+    def names(self) -> list[str]:
+        """What the experts are called."""
+        return [expert_name(e) for e in self.experts]
+
+    @property
+    def reference(self) -> Checkpoint:
+        """The model whose tensors stand where none are merged: the base, the first expert, or the one whose model it is with masks."""
+        keeps = next((self.engine.merger(n).keeps for n in self.match.merged), None)
+        return self.models[0 if keeps is None else keeps - len(self.experts)]
+
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether the method needs proxy inputs."""
+        return self.statistic is not None
 
     @property
     def statistic(self) -> str | None:
@@ -139,7 +164,7 @@ class MergePlan:
     def specs(self) -> dict[str, Spec]:
         """Shape and dtype of every tensor of the result."""
         dtype, merging = None if self.dtype is None else result_dtype(self.dtype), set(self.match.merged)
-        reference = self.models[0].specs
+        reference = self.reference.specs
         return {n: Spec(s.shape, dtype or s.dtype) if n in merging else s for n, s in reference.items()}
 
     @cached_property
@@ -185,6 +210,31 @@ class MergePlan:
             check_finite(row, name, str(m.path))
         return W0, W
 
+    def prepare(self, work: Path, told: Callable[[str], None]) -> None:
+        """Gather statistics, one expert's model at a time, unless an earlier start has; then let the method see the whole model.
+
+        Args:
+            work: the folder of what outlives a merge that is killed.
+            told: called with what is being done.
+        """
+        if self.proxy is not None:
+            (work / STATISTICS).mkdir(exist_ok=True)
+            files = [work / STATISTICS / f"{t}.safetensors" for t in range(len(self.experts))]
+            for t, file in enumerate(files):
+                if not file.exists():
+                    told(f"statistics of {self.names[t]}")
+                    assert self.statistic is not None
+                    experts = self.models[-len(self.experts) :]
+                    save_tensors(file, self.proxy.gather(self.statistic, experts, t, self.base))
+            self.engine.statistics = [StoredTensors(f) for f in files]
+            self.engine.check_statistics(self.match.merged)
+        self.engine.kept = TensorFolder(work / KEPT)
+        self.engine.survey(self.match.merged, self.load, lambda name: told(f"looking at {name}"))
+
+    def merged(self, name: str) -> Tensor:
+        """One tensor of the result, in the dtype that is computed in."""
+        return self.engine.merge(name, *self.load(name))
+
     def record(self) -> dict[str, Any]:
         """What was merged and how, JSON-ready; two plans with the same record make the same model."""
         settings = {n: dict(self.options(n)) for n in self.match.merged}
@@ -211,6 +261,19 @@ class MergePlan:
             else {"rank": self.routing.rank, "layers": list(self.routing.layers)},
             "sources": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
         }
+
+
+def plan_of(method: str) -> type[MergePlan]:
+    """The kind of plan that a method asks for.
+
+    Raises:
+        InputError: no such method.
+    """
+    if merging_method(method).needs != "inputs":
+        return MergePlan
+    from polytask.merging.adaptive_on_disk import AdaptivePlan  # it runs models, which few plans do
+
+    return AdaptivePlan
 
 
 def write(
@@ -249,7 +312,7 @@ def write(
     finished = _finished(work, digest)
     try:
         if len(finished) < len(plan.files) or plan.routing is not None:
-            _prepare(plan, work, told or (lambda _: None))
+            plan.prepare(work, told or (lambda _: None))
         _write_shards(plan, work, digest, finished, progress)
         if len(plan.files) > 1:
             (work / INDEX).write_text(index_of(plan.files, plan.bytes), encoding="utf-8")
@@ -286,26 +349,6 @@ def _finished(work: Path, digest: str) -> list[str]:
     return []
 
 
-def _survey(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
-    plan.engine.kept = TensorFolder(work / KEPT)
-    plan.engine.survey(plan.match.merged, plan.load, lambda name: told(f"looking at {name}"))
-
-
-def _prepare(plan: MergePlan, work: Path, told: Callable[[str], None]) -> None:
-    """Gather statistics, one expert's model at a time, unless an earlier start has; then let the method see the whole model."""
-    if plan.proxy is not None and plan.statistic is not None:
-        (work / STATISTICS).mkdir(exist_ok=True)
-        files = [work / STATISTICS / f"{t}.safetensors" for t in range(len(plan.experts))]
-        for t, file in enumerate(files):
-            if not file.exists():
-                told(f"statistics of {plan.experts[t].name}")
-                experts = plan.models[-len(plan.experts) :]
-                save_tensors(file, plan.proxy.gather(plan.statistic, experts, t, plan.base))
-        plan.engine.statistics = [StoredTensors(f) for f in files]
-        plan.engine.check_statistics(plan.match.merged)
-    _survey(plan, work, told)
-
-
 def _write_shards(
     plan: MergePlan, work: Path, digest: str, finished: list[str], progress: Callable[[str], None] | None
 ) -> None:
@@ -314,7 +357,7 @@ def _write_shards(
         if file not in finished:
             with Writer(work / file, specs) as writer:
                 for name, spec in specs.items():
-                    writer.add(name, _merged(plan, name, spec) if name in merging else plan.models[0].read(name))
+                    writer.add(name, _merged(plan, name, spec) if name in merging else plan.reference.read(name))
                     if progress is not None:
                         progress(name)
             finished.append(file)
@@ -325,12 +368,13 @@ def _write_shards(
 
 
 def _merged(plan: MergePlan, name: str, spec: Spec) -> Tensor:
-    return written_as(plan.engine.merge(name, *plan.load(name)), spec.torch_dtype, name).reshape(spec.shape)
+    return written_as(plan.merged(name), spec.torch_dtype, name).reshape(spec.shape)
 
 
 def _copy_companions(plan: MergePlan, work: Path) -> None:
     """The files that stand beside the weights of a transformers folder: configuration and tokenizer."""
-    source = plan.models[0].path
+    own = plan.reference.path
+    source = own if (own / CONFIG).exists() else plan.models[0].path
     tokenizer = plan.tokenizer or source
     for folder, wanted in ((source, False), (tokenizer, True)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ARRAYS = (".safetensors", ".npz")
 TABLES = (".csv", ".tsv", ".parquet", ".jsonl")
 TEXT = "text"
+LABELS = "labels"
 CONFIG = "config.json"
 FEWEST = 8
 """Examples below which nobody can tell what a layer's inputs look like."""
@@ -82,18 +83,14 @@ class Proxy:
             InputError: inputs that do not fit the model, too few of them; a model that cannot be built or that the weights do not fit.
             StorageError: a file is missing or cut short.
         """
-        from polytask.merging.statistics import gather_fisher, gather_gramians  # a plan gathers nothing
+        from polytask.merging.statistics import gather  # a plan gathers nothing
 
         file, expert = self.file([e.path for e in experts], t), experts[t]
-        batches = list(_batches(file, _configured(expert.path, base)))
-        count = sum(len(next(iter(b.values())) if isinstance(b, dict) else b[0]) for b in batches)
-        if count < FEWEST:
-            raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
-        gather: Callable[..., dict[str, Tensor]] = gather_gramians if statistic == "gramian" else gather_fisher
+        batches = self.batches(experts, t, base)
         model = self.build(expert, base)
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         try:
-            found = gather(model, [_of_dtype(b, kind) for b in batches])
+            found = gather(statistic, model, [of_dtype(b, kind) for b in batches])
         except (TypeError, RuntimeError, ValueError, IndexError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
@@ -104,6 +101,46 @@ class Proxy:
             )
         names = stored_names(model, expert)
         return {names[n]: S for n, S in found.items() if n in names}
+
+    def batches(
+        self, experts: Sequence[Checkpoint], t: int, base: Path | None, *, rows: int = BATCH, labelled: bool = False
+    ) -> list[Any]:
+        """The t-th expert's inputs: tuples of one tensor, or dicts of the model's arguments; with labels, pairs of those and labels.
+
+        Args:
+            experts: all of them.
+            t: which of them.
+            base: see :meth:`gather`.
+            rows: examples a batch.
+            labelled: whether labels are wanted, an array ``labels`` of the file; else they are left out.
+
+        Raises:
+            InputError: too few inputs, or none; no labels.
+            StorageError: the file is missing or cut short.
+        """
+        file = self.file([e.path for e in experts], t)
+        arrays = _arrays(file) if file.suffix in ARRAYS else _tokens(file, _configured(experts[t].path, base))
+        if labelled and LABELS not in arrays:
+            raise InputError(f"{file} holds no array {LABELS!r}, which the method learns from")
+        if not labelled:
+            arrays.pop(LABELS, None)
+        if not set(arrays) - {LABELS}:
+            raise InputError(f"{file} holds no proxy inputs")
+        lengths = {n: len(a) if a.ndim else 0 for n, a in arrays.items()}
+        if len(set(lengths.values())) > 1:
+            raise InputError(
+                f"the arrays of {file} have different lengths: {', '.join(f'{n} {k}' for n, k in lengths.items())}"
+            )
+        count = next(iter(lengths.values()))
+        if count < FEWEST:
+            raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
+        found: list[Any] = []
+        for start in range(0, count, rows):
+            batch = {n: a[start : start + rows] for n, a in arrays.items()}
+            labels = batch.pop(LABELS, None)
+            inputs = (batch["inputs"],) if set(batch) == {"inputs"} else batch
+            found.append(inputs if labels is None else (inputs, labels.long()))
+        return found
 
     def build(self, expert: Checkpoint, base: Path | None = None) -> nn.Module:
         """The model of a checkpoint, with its weights.
@@ -121,11 +158,13 @@ class Proxy:
         return model
 
 
-def _of_dtype(batch: Any, dtype: torch.dtype) -> Any:
+def of_dtype(batch: Any, dtype: torch.dtype) -> Any:
     """A batch with its floating-point arrays in the dtype that the model computes in."""
     if isinstance(batch, dict):
-        return {n: a.to(dtype) if a.is_floating_point() else a for n, a in batch.items()}
-    return tuple(a.to(dtype) if a.is_floating_point() else a for a in batch)
+        return {n: of_dtype(a, dtype) for n, a in batch.items()}
+    if isinstance(batch, tuple):
+        return tuple(of_dtype(a, dtype) for a in batch)
+    return batch.to(dtype) if batch.is_floating_point() else batch
 
 
 def expert_name(path: Path) -> str:
@@ -225,21 +264,6 @@ def _transformers(feature: str) -> Any:
         return importlib.import_module("transformers")
     except ImportError:
         raise MissingExtraError(feature, "transformers") from None
-
-
-def _batches(file: Path, expert: Path) -> Iterator[Any]:
-    arrays = _arrays(file) if file.suffix in ARRAYS else _tokens(file, expert)
-    arrays.pop("labels", None)
-    if not arrays:
-        raise InputError(f"{file} holds no proxy inputs")
-    lengths = {n: len(a) if a.ndim else 0 for n, a in arrays.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(
-            f"the arrays of {file} have different lengths: {', '.join(f'{n} {k}' for n, k in lengths.items())}"
-        )
-    for start in range(0, next(iter(lengths.values())), BATCH):
-        batch = {n: a[start : start + BATCH] for n, a in arrays.items()}
-        yield (batch["inputs"],) if set(batch) == {"inputs"} else batch
 
 
 def _arrays(file: Path) -> dict[str, Tensor]:

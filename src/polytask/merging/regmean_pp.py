@@ -15,7 +15,7 @@ from polytask.registry import register
 
 @register(
     "regmean_pp",
-    family="adaptive",
+    family="merging",
     paper="arXiv:2508.03121",
     needs="inputs",
     aliases=("regmean_plus_plus",),

@@ -32,13 +32,15 @@ def add_routed_experts(plan: MergePlan, work: Path, journal: Path) -> None:
     assert plan.routing is not None
     assert plan.proxy is not None
     merged = open_checkpoint(work / next(iter(plan.files)) if len(plan.files) == 1 else work)
-    model = plan.proxy.build(plan.models[-1], plan.base)
-    names = stored_names(model, plan.models[-1])
+    model = plan.proxy.build(plan.models[0], plan.base)
+    names = stored_names(model, plan.models[0])
     for name, tensor in model.state_dict().items():
         if name in names:
             tensor.copy_(merged.read(names[name]))
     experts = {expert_name(e.path): Renamed(CheckpointTensors(e), names) for e in plan.models[-len(plan.experts) :]}
-    plan.routing.route(model, experts, [Renamed(s, names) for s in plan.engine.statistics])
+    # heads that are not merged differ from expert to expert
+    merged_here = {n: old for n, old in names.items() if old in set(plan.match.merged)}
+    plan.routing.route(model, experts, [Renamed(s, merged_here) for s in plan.engine.statistics])
     shutil.rmtree(work / "routed", ignore_errors=True)
     save_routed(model, work / "routed")
     journal.unlink()

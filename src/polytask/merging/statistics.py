@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -16,6 +17,21 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from polytask.errors import InputError
+
+
+def gather(statistic: str, model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """A statistic by its name, ``gramian`` or ``fisher``."""
+    return gather_gramians(model, batches) if statistic == "gramian" else gather_fisher(model, batches)
+
+
+@torch.no_grad()
+def holding(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with other weights, whose shapes may differ, as those of task heads do."""
+    filled = deepcopy(model)
+    for name, tensor in filled.state_dict(keep_vars=True).items():
+        if name in state:
+            tensor.data = state[name].detach().clone()
+    return filled
 
 
 @torch.no_grad()

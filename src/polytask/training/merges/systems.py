@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from polytask.errors import InputError
 from polytask.merging.adaptive import Adaptive, adapt
+from polytask.merging.base import Merger
 from polytask.merging.esm_pp import ESMPP
-from polytask.merging.in_memory import merge
+from polytask.merging.in_memory import merge, merging_method
 from polytask.merging.masked import pack
+from polytask.merging.masking import Masking
 from polytask.merging.matching import skipped
-from polytask.registry import Method, find, methods
+from polytask.registry import Method, methods
 from polytask.training.merges.candidates import TRIALS, Candidate, merged
 from polytask.training.merges.lineage import Lineage, Outcome
-
-ROLES = {"adaptive": "method", "masking": "a mask for each task", "routing": "routed experts"}
-"""What kind of model comes out, by the registry's family: only the first is one model of the base's size."""
 
 FROM_LABELS = ("frank_wolfe",)
 """Methods that learn from labels in their papers, though they can do without."""
@@ -27,7 +26,7 @@ STRIDES = (0.03, 0.3, 1.0)
 
 
 def system(method: Method, options: Mapping[str, Any], label: str = "", *, experts: int = 0) -> Candidate:
-    """A registered method of the families ``adaptive``, ``masking`` and ``routing`` as a candidate.
+    """A registered method that runs the model, or gives more than one model of the base's size, as a candidate.
 
     These methods fit themselves: only where they start from is searched by itself, at the papers' 0.3 of all task vectors and at their
     mean, and how far they may walk. They learn from all inputs there are, and from labels where their papers do or options say so.
@@ -41,9 +40,10 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
     Raises:
         InputError: an option that the method has not.
     """
-    unknown = [o for o in options if o not in method.options]
+    own = [o for o in method.options if o != "expert"]
+    unknown = [o for o in options if o not in own]
     if unknown:
-        raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(method.options) or 'none'}")
+        raise InputError(f"{method.name} has no option {unknown[0]!r}; it takes {', '.join(own) or 'none'}")
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
     fixed = {n: v for n, v in options.items() if n not in axes}
     if experts:
@@ -51,18 +51,27 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
         axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
     if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
-    run = {"adaptive": _adapted, "masking": _masked, "routing": _routed}[method.family]
-    statistic = "gramian" if method.family == "routing" else None
+    run, role, statistic = _kind(method)
     return Candidate(
         method.name,
         partial(run, method),
         axes,
         label or method.name,
-        ROLES[method.family],
+        role,
         statistic,
         fixed,
         bool(fixed.get("labels")),
     )
+
+
+def _kind(method: Method) -> tuple[Callable[..., Outcome], str, str | None]:
+    """How a method is run, what comes out, and which statistic it needs."""
+    kind: type = method.factory  # type: ignore[assignment]
+    if issubclass(kind, Adaptive):
+        return _adapted, "method", None
+    if issubclass(kind, Masking):
+        return _masked, "a mask for each task", None
+    return _routed, "routed experts", ESMPP.statistic
 
 
 def candidate(
@@ -73,13 +82,13 @@ def candidate(
     options: Mapping[str, Any] | None = None,
     filters: Sequence[str] = (),
 ) -> Candidate:
-    """A registered method of any family that gives models, as a candidate; see :func:`~polytask.training.merges.merged`.
+    """A registered method of merging as a candidate; see :func:`~polytask.training.merges.merged`.
 
     Raises:
         InputError: unknown method, filter or option; filters before a method that takes none.
     """
-    found = find(name)
-    if found.family not in ROLES:
+    found = merging_method(name)
+    if issubclass(found.factory, Merger) and not issubclass(found.factory, Masking):  # type: ignore[arg-type]
         return merged(name, experts=experts, trials=trials, options=options, filters=filters)
     if filters:
         raise InputError(f"no filter can go before {found.name}")
@@ -89,12 +98,11 @@ def candidate(
 def every_method(experts: int, trials: int = TRIALS) -> tuple[list[Candidate], dict[str, str]]:
     """All registered methods that can take part, and why the others cannot: {name: reason}."""
     taking_part, left_out = [], {}
-    for family in ("merging", *ROLES):
-        for method in methods(family):
-            try:
-                taking_part.append(candidate(method.name, experts=experts, trials=trials))
-            except InputError as error:
-                left_out[method.name] = str(error)
+    for method in methods("merging"):
+        try:
+            taking_part.append(candidate(method.name, experts=experts, trials=trials))
+        except InputError as error:
+            left_out[method.name] = str(error)
     return taking_part, left_out
 
 

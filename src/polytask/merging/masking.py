@@ -1,0 +1,63 @@
+"""What is common to methods that keep a mask for each expert."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from polytask.errors import InputError
+from polytask.merging.base import Place, TaskVectorMerger
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+
+class Masking(TaskVectorMerger):
+    r"""A rule that makes one task vector of several, and says which of its entries each expert uses.
+
+    As a merger it gives the model of one expert, :math:`W_0 + \lambda_t\, m_t \odot \tau`.
+
+    Attributes:
+        rescaled: whether an expert's part is stretched to the mean magnitude of its own task vector.
+
+    Args:
+        expert: t.
+    """
+
+    rescaled: ClassVar[bool]
+
+    def __init__(self, *, expert: int | None = None) -> None:
+        super().__init__()
+        self.keeps = self.expert = expert
+        self.passes = int(self.rescaled)
+        self.begin()
+
+    def begin(self) -> None:
+        self.own, self.part = 0.0, 0.0
+
+    def survey(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> None:  # noqa: ARG002
+        assert self.expert is not None
+        tau, m = self.unify(D)
+        self.own += float(D[self.expert].abs().sum(dtype=torch.float64))
+        self.part += float((m[self.expert] * tau).abs().sum(dtype=torch.float64))
+
+    def update(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
+        assert self.expert is not None
+        tau, m = self.unify(D)
+        return m[self.expert] * tau * (self.own / self.part if self.part > 0 else 1.0)
+
+    def check_experts(self, count: int) -> None:
+        super().check_experts(count)
+        if self.expert is None:
+            raise InputError(
+                f"{self.method.name} keeps a mask for each expert: say whose model is wanted, expert=NAME; polytask.merging.pack keeps all"
+            )
+        if not isinstance(self.expert, int) or not 0 <= self.expert < count:
+            raise InputError(f"there is no expert {self.expert!r} among {count}")
+
+    @abstractmethod
+    def unify(self, D: Float[Tensor, "experts ..."]) -> tuple[Float[Tensor, "..."], Bool[Tensor, "experts ..."]]:
+        """The common task vector and each expert's mask, of one tensor; D may not be changed."""
