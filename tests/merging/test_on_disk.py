@@ -297,7 +297,7 @@ def test_gradients_over_layers() -> None:
             "merge_method: average\nmodels: [{model: one.safetensors, parameters: {colour: 1}}]",
             "sets 'colour', which average",
         ),
-        ("merge_method: average\nmodels: [{model: org/model}]", "never fetched"),
+        ("merge_method: average\nmodels: [{model: ./org/model}]", "there is no model at"),
         (
             "merge_method: average\ntokenizer_source: union\nmodels: [{model: one.safetensors}]",
             "union of the tokenizers",

@@ -22,7 +22,7 @@ Paths = Annotated[
     list[Path],
     typer.Argument(
         metavar="CONFIG.yml OUT | BASE EXPERT...",
-        help="A file in mergekit's language and the result's folder; or the base model and its fine-tuned experts.",
+        help="A file in mergekit's language and the result's folder; or the base and its fine-tuned experts, paths or names on the hub.",
         show_default=False,
     ),
 ]
@@ -112,7 +112,7 @@ def merge(
     inputs = _proxy(proxy, model)
     if paths[0].suffix in (".yml", ".yaml"):
         given = settings or filters or skip or no_base or dtype or seed or method != METHOD
-        plan, folder = _configured(paths, folder, inputs, given=bool(given))
+        plan, folder = _configured(paths, folder, inputs, dry_run, given=bool(given))
     else:
         from polytask.merging.on_disk import plan_of
 
@@ -132,6 +132,7 @@ def merge(
             seed,
             proxy=inputs,
             routing=routing,
+            headers_only=dry_run,
         )
     if not dry_run and folder is None:
         raise InputError("say where the merged model goes with --out DIR, or only plan it with --dry-run")
@@ -187,7 +188,7 @@ def _proxy(data: Path | None, model: str | None) -> Proxy | None:
 
 
 def _configured(
-    paths: list[Path], folder: Path | None, proxy: Proxy | None, given: bool
+    paths: list[Path], folder: Path | None, proxy: Proxy | None, dry_run: bool, given: bool
 ) -> tuple[MergePlan, Path | None]:
     from polytask.errors import InputError
     from polytask.merging.config import read_config
@@ -198,7 +199,7 @@ def _configured(
         )
     if len(paths) > 2 or (len(paths) == 2 and folder is not None):
         raise InputError("after a configuration file comes one folder for the result")
-    return read_config(paths[0], proxy), paths[1] if len(paths) == 2 else folder
+    return read_config(paths[0], proxy, headers_only=dry_run), paths[1] if len(paths) == 2 else folder
 
 
 def _setting(text: str) -> tuple[str, Any]:

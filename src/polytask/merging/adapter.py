@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.checkpoint import ADAPTER, Checkpoint, open_checkpoint
+from polytask.merging.hub import fetched, headers, on_hub
 from polytask.merging.matching import Spec
 
 if TYPE_CHECKING:
@@ -104,28 +105,37 @@ class Adapter:
         return A, B.mul_(u.scale)
 
 
-def open_expert(path: Path, base: Checkpoint | None) -> Checkpoint:
+def open_expert(path: Path, base: Checkpoint | None, *, headers_only: bool = False) -> Checkpoint:
     """Open a fine-tuned model, which may be an adapter of the base.
 
     Args:
         path: what :func:`~polytask.merging.checkpoint.open_checkpoint` takes, a folder of an adapter, or ``MODEL+ADAPTER`` for an
             adapter of another model.
         base: what a lone adapter is put on.
+        headers_only: of a model on the hub fetch no weights; its tensors cannot be read then.
 
     Raises:
         InputError: an adapter without base or for another one, or of another kind than LoRA.
         StorageError: a file is missing or cut short.
     """
     own, plus, adapter = str(path).rpartition("+")
-    if plus and own and not path.exists():
-        base, path = open_expert(Path(own), base), Path(adapter)
+    joined = bool(plus and own) and not path.exists()
+    if joined:
+        base, path = open_expert(Path(own), base, headers_only=headers_only), Path(adapter)
+    if headers_only and on_hub(path) and (specs := headers(path)) is not None:
+        return Checkpoint(path, specs, (), _unread)
+    path = fetched(path)
     if not (path / ADAPTER).exists():
-        if plus and path == Path(adapter):
-            raise InputError(f"{path} is no adapter: a + stands between a model and its adapter")
+        if joined:
+            raise InputError(f"{adapter} is no adapter: a + stands between a model and its adapter")
         return open_checkpoint(path)
     if base is None:
         raise InputError(f"{path} holds an adapter: name the base that it belongs to, or BASE+{path}")
     return on_base(read_adapter(path), base)
+
+
+def _unread(name: str, out: Tensor) -> None:  # noqa: ARG001
+    raise AssertionError("only the headers were fetched")
 
 
 def read_adapter(folder: Path) -> Adapter:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import WEIGHTS, Adapter, Update, placed, read_adapter
 from polytask.merging.checkpoint import ADAPTER
+from polytask.merging.hub import fetched
 from polytask.merging.matching import Spec
 from polytask.merging.on_disk import MergePlan
 from polytask.merging.safetensors_file import Writer
@@ -71,7 +72,7 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> flo
 
 def _adapters(plan: MergePlan) -> list[Adapter]:
     found = []
-    for path in plan.experts:
+    for path in map(fetched, plan.experts):
         if not (path / ADAPTER).exists() or plan.base is None:
             raise InputError(f"{path} is no adapter: adapters of one base alone make an adapter")
         adapter = read_adapter(path)

@@ -80,11 +80,11 @@ class AdaptivePlan(MergePlan):
         assert self.proxy is not None
         experts, merging = self.models[-len(self.experts) :], set(self.match.merged)
         wide = torch_dtype("float64" if any(self._compute_dtype(n) == "float64" for n in merging) else "float32")
-        model = self.proxy.build(experts[0], self.base).to(wide)
+        model = self.proxy.build(experts[0], self.base_folder).to(wide)
         names = stored_names(model, experts[0])
         base, *states = (Renamed(CheckpointTensors(m), names) for m in self.models)
         inputs = {
-            n: self.proxy.batches(experts, t, self.base, rows=ROWS, labelled=self.fitting.takes_labels)
+            n: self.proxy.batches(experts, t, self.base_folder, rows=ROWS, labelled=self.fitting.takes_labels)
             for t, n in enumerate(self.names)
         }
         learned = adapt(

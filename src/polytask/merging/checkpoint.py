@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polytask.errors import InputError, StorageError
+from polytask.merging.hub import fetched
 from polytask.merging.matching import Spec, spec_of
 from polytask.merging.safetensors_file import read_header, read_into
 
@@ -56,10 +57,14 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a safetensors file, a ``.pt`` file of tensors, or a folder with either, sharded or not; values are not read yet.
 
+    Args:
+        path: the file or folder, or a model's name on the hub, from where it is fetched.
+
     Raises:
         InputError: no model there, a file that is not what it seems, a pickle of more than tensors, an adapter.
-        StorageError: a file is missing or cut short.
+        StorageError: a file is missing or cut short; the hub has no such model, or cannot be reached.
     """
+    path = fetched(path)
     if not path.exists():
         raise StorageError(f"there is no model at {path}")
     if path.is_dir():

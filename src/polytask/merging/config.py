@@ -10,6 +10,7 @@ from typing import Any
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
+from polytask.merging.hub import on_hub
 from polytask.merging.in_memory import merging_method
 from polytask.merging.on_disk import MergePlan, plan_of
 from polytask.merging.proxy import Proxy
@@ -57,12 +58,13 @@ ENTRY = {"models": ("model", "parameters"), "sources": ("model", "parameters", "
 LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
 
 
-def read_config(file: Path, proxy: Proxy | None = None) -> MergePlan:
+def read_config(file: Path, proxy: Proxy | None = None, *, headers_only: bool = False) -> MergePlan:
     """The plan that a YAML file describes.
 
     Args:
-        file: paths in it are relative to its folder.
+        file: paths in it are relative to its folder; what is not there may be a name on the hub.
         proxy: what statistics are gathered from, for methods that need them.
+        headers_only: of models on the hub fetch no weights.
 
     Raises:
         InputError: not YAML, a key or a parameter that is not known, models that do not fit together.
@@ -81,10 +83,10 @@ def read_config(file: Path, proxy: Proxy | None = None) -> MergePlan:
     unknown = [k for k in said if k not in KNOWN]
     if unknown:
         raise InputError(f"{file} says {unknown[0]!r}, which is not known; known are {', '.join(KNOWN)}")
-    return _plan(said, file, proxy)
+    return _plan(said, file, proxy, headers_only)
 
 
-def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan:
+def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None, headers_only: bool) -> MergePlan:
     method = merging_method(said["merge_method"])
     listed = _models(said, file)
     base = said.get("base_model")
@@ -99,7 +101,7 @@ def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan
     experts = [p for p, _ in chosen]
     if not experts:
         raise InputError(f"{file} lists no model but the base: there is nothing to merge")
-    layers = _layers(open_expert(base_place or experts[0], None).specs)
+    layers = _layers(open_expert(base_place or experts[0], None, headers_only=headers_only).specs)
     _check_slices(said, layers, file)
     settings = [_parameters(m, file) for _, m in chosen]
     common = [_parameters(s, file) for s in ((said.get("slices") or [{}])[0], said)]
@@ -117,6 +119,7 @@ def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None) -> MergePlan
         _seed(said, file),
         _tokenizer(said, file),
         proxy=proxy,
+        headers_only=headers_only,
     )
 
 
@@ -205,11 +208,9 @@ def _place(name: str, file: Path) -> Path:
     model, plus, adapter = name.rpartition("+")
     if plus and model and not place.exists():  # as mergekit writes an adapter of a model
         return Path(f"{_place(model, file)}+{_place(adapter, file)}")
-    if not place.exists():
-        raise StorageError(
-            f"there is no model at {place}, which {file} names; models are taken from the disk, never fetched"
-        )
-    return place
+    if not place.exists() and not on_hub(Path(name)):
+        raise StorageError(f"there is no model at {place}, which {file} names")
+    return place if place.exists() else Path(name)
 
 
 def _layers(names: Any) -> dict[str, int]:

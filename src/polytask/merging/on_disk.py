@@ -21,6 +21,7 @@ from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
 from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
+from polytask.merging.hub import fetched
 from polytask.merging.in_memory import for_experts, make, make_filter, merging_method
 from polytask.merging.matching import ITEMSIZE, Match, Spec, compute_dtype, match, result_dtype, torch_dtype
 from polytask.merging.proxy import CONFIG, expert_name
@@ -70,6 +71,7 @@ class MergePlan:
         shard_size: bytes a file of the result holds at most.
         proxy: what statistics are gathered from, for methods that need them.
         routing: what adds low-rank experts to the merged model; the result is then a folder for ``load_routed``.
+        headers_only: of models on the hub fetch no weights: for a plan that is only looked at.
 
     Raises:
         InputError: models that do not fit together; an unknown method or option.
@@ -88,6 +90,7 @@ class MergePlan:
     shard_size: int = SHARD_SIZE
     proxy: Proxy | None = None
     routing: ESMPP | None = None
+    headers_only: bool = False
 
     def __post_init__(self) -> None:
         if not self.experts:
@@ -116,8 +119,8 @@ class MergePlan:
     @cached_property
     def models(self) -> list[Checkpoint]:
         """The base, where there is one, and the experts."""
-        base = None if self.base is None else open_expert(self.base, None)
-        experts = [open_expert(p, base) for p in self.experts]
+        base = None if self.base is None else open_expert(self.base, None, headers_only=self.headers_only)
+        experts = [open_expert(p, base, headers_only=self.headers_only) for p in self.experts]
         return experts if base is None else [base, *experts]
 
     @cached_property
@@ -143,6 +146,11 @@ class MergePlan:
     def names(self) -> list[str]:
         """What the experts are called."""
         return [expert_name(e) for e in self.experts]
+
+    @property
+    def base_folder(self) -> Path | None:
+        """Where the base is on this disk."""
+        return None if self.base is None else self.models[0].path
 
     @property
     def reference(self) -> Checkpoint:
@@ -225,7 +233,7 @@ class MergePlan:
                     told(f"statistics of {self.names[t]}")
                     assert self.statistic is not None
                     experts = self.models[-len(self.experts) :]
-                    save_tensors(file, self.proxy.gather(self.statistic, experts, t, self.base))
+                    save_tensors(file, self.proxy.gather(self.statistic, experts, t, self.base_folder))
             self.engine.statistics = [StoredTensors(f) for f in files]
             self.engine.check_statistics(self.match.merged)
         self.engine.kept = TensorFolder(work / KEPT)
@@ -375,7 +383,7 @@ def _copy_companions(plan: MergePlan, work: Path) -> None:
     """The files that stand beside the weights of a transformers folder: configuration and tokenizer."""
     own = plan.reference.path
     source = own if (own / CONFIG).exists() else plan.models[0].path
-    tokenizer = plan.tokenizer or source
+    tokenizer = source if plan.tokenizer is None else fetched(plan.tokenizer)
     for folder, wanted in ((source, False), (tokenizer, True)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file() and _accompanies(file) and file.name.startswith(TOKENIZER) == wanted:

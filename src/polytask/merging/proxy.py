@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from polytask.errors import InputError, MissingExtraError, StorageError
 from polytask.merging.checkpoint import Checkpoint, open_checkpoint
 from polytask.merging.engine import all_finite
+from polytask.merging.hub import on_hub
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -31,6 +33,8 @@ FEWEST = 8
 """Examples below which nobody can tell what a layer's inputs look like."""
 
 BATCH = 32
+CACHED = re.compile(r"/models--[^/]+--(?P<name>[^/]+)/snapshots/[^/]+$")
+"""Where the hub's cache keeps a model."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,12 @@ def of_dtype(batch: Any, dtype: torch.dtype) -> Any:
 
 
 def expert_name(path: Path) -> str:
-    """What an expert is called: its folder, or its file without the ending."""
-    return path.resolve().stem if path.is_file() else path.resolve().name
+    """What an expert is called: its folder, its file without the ending, or its name on the hub."""
+    if on_hub(path):
+        return path.name.partition("@")[0]
+    whole = path.resolve()
+    cached = CACHED.search(whole.as_posix())
+    return cached["name"] if cached else whole.stem if path.is_file() else whole.name
 
 
 def _configured(expert: Path, base: Path | None) -> Path:

@@ -32,7 +32,7 @@ def add_routed_experts(plan: MergePlan, work: Path, journal: Path) -> None:
     assert plan.routing is not None
     assert plan.proxy is not None
     merged = open_checkpoint(work / next(iter(plan.files)) if len(plan.files) == 1 else work)
-    model = plan.proxy.build(plan.models[0], plan.base)
+    model = plan.proxy.build(plan.models[0], plan.base_folder)
     names = stored_names(model, plan.models[0])
     for name, tensor in model.state_dict().items():
         if name in names:
