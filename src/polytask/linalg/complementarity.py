@@ -16,8 +16,8 @@ FEW = 20  # coordinates up to which an elimination costs less than a good first 
 MANY = 60  # rows from which products with all of them at once cost less than eliminations,
 SMALL = 28  # unless so few coordinates are free,
 FIRM = 0.6  # or the pull says that it would take many
-TURNS, WEAKER = 4, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
-SETTLED_ROUNDS = 4
+TURNS, WEAKER = 6, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
+SETTLED_ROUNDS = 2
 PIVOT_ROUNDS = 60
 PATIENCE = 3  # exchanges of many coordinates without progress
 STACKED = 13  # systems solved in one call: what stays in the cache
@@ -32,7 +32,7 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     r"""Minimise :math:`\tfrac12 z^\top M z + q^\top z` over :math:`z \ge 0` for every row q of Q.
 
     Block principal pivoting: guess which coordinates are free, solve for them, exchange every coordinate of the wrong
-    sign, or one at a time where that leads nowhere. Many rows go through :func:`solve_together` first; what resists both goes through
+    sign, or one at a time where that leads nowhere. Many rows go through :func:`settle` first; what resists both goes through
     Lawson and Hanson's method row by row.
 
     Args:
@@ -58,25 +58,22 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
 
 
 def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
-    """Guess by alternating directions, and pivot; those rows that resist by more of them, with less pull: they are ill-conditioned."""
+    """Guess by alternating directions, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
     pull = pull_of(M)
     V = settle(M, Q, pull)
     Z, free, rows = np.zeros_like(Q), V > 0, np.arange(len(Q))
     if len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
         Z, free, open_ = refine(M, Q, V * np.abs(Q).max(1, keepdims=True), free)
-        rows = rows[open_]
-        V = V[rows]
+        rows, V = rows[open_], V[open_]
     for turn in range(TURNS):
+        if not len(rows):
+            break
         if turn:
             pull /= WEAKER
             V = settle(M, Q[rows], pull, np.where(V < 0, np.float32(WEAKER) * V, V))
             free[rows] = V > 0
-        if not len(rows):
-            break
         Z[rows], free[rows], resisting = _pivot(M, Q[rows], free[rows], SETTLED_ROUNDS)
         rows, V = rows[resisting], V[resisting]
-        if not len(rows):
-            break
     return Z, free, rows
 
 

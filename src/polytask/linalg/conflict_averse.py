@@ -9,6 +9,8 @@ from polytask.linalg.scaling import DOUBLE, Matrix, Vector, correlation, definit
 
 RELATIVE_TOLERANCE = 1e-12
 EXCHANGES = 12
+ASCENTS = 60
+LOOSE = 1e-9
 
 
 def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -> Vector:
@@ -18,7 +20,8 @@ def conflict_averse(C: Matrix, u: Vector, c: float, precision: float = DOUBLE) -
     With :math:`b = Cu`, the shortest x that improves every task by :math:`\tau` is :math:`x = \sum_i v_i g_i`,
     :math:`v \ge 0 \perp Cv + b - \tau \ge 0`. Its length is convex and increasing in :math:`\tau`, and on each set of
     positive coordinates the :math:`\tau` of a wanted length solves a quadratic equation. Supports and :math:`\tau` are exchanged
-    together at first; where that cycles, a Newton method comes down from above and ends after a few supports.
+    together at first; where that cycles, :math:`\tau` rises from where x is 0, one coordinate at a time, to the wanted length; and where
+    that is far, a Newton method comes down from above and ends after a few supports.
 
     Args:
         C: inner products of non-zero vectors, shape (tasks, tasks).
@@ -59,9 +62,10 @@ def worst_raised(M: Matrix, alpha: Vector, beta: Vector, radius: float, tau: flo
     Returns:
         y, shape (tasks,), non-negative. Cost: a few linear solves.
     """
-    exchanged = _exchange(M, alpha, beta, radius)
-    if exchanged is not None:
-        return exchanged
+    for method in (_exchange, _ascend):
+        found = method(M, alpha, beta, radius)
+        if found is not None:
+            return found
     y = np.zeros(len(beta))
     for _ in range(50):
         y = nonnegative_qp(M, (beta - tau * alpha)[None], None if not y.any() else (y > 0)[None])[0]
@@ -89,8 +93,41 @@ def _exchange(M: Matrix, alpha: Vector, beta: Vector, radius: float) -> Vector |
         wrong = np.where(free, y < -tolerance, slack < -tolerance)
         if not wrong.any():
             # without a real root the length of tau is not the radius on this support
-            return np.maximum(y, 0.0) if abs(float(y @ M @ y) - radius**2) <= 1e-9 * radius**2 else None
+            return np.maximum(y, 0.0) if abs(float(y @ M @ y) - radius**2) <= LOOSE * radius**2 else None
         free ^= wrong
+    return None
+
+
+def _ascend(M: Matrix, alpha: Vector, beta: Vector, radius: float) -> Vector | None:
+    """Let tau rise from where y is 0, and follow y to the wanted length; None where that takes many supports, or rounding misleads it."""
+    tau, square, free = float((beta / alpha).min()), 0.0, np.zeros(len(alpha), dtype=bool)
+    u = beta - tau * alpha  # y on the support, the slack elsewhere
+    i = int((beta / alpha).argmin())
+    for _ in range(ASCENTS):
+        free[i], u[i] = not free[i], 0.0
+        support = np.flatnonzero(free)
+        if not len(support):
+            break
+        p = np.linalg.solve(M[support[:, None], support], alpha[support])
+        rise = M[:, support] @ p - alpha
+        rise[support] = p
+        # |y + t p|^2 = square + 2 b t + a t^2 with Mp = alpha on the support
+        a, b, lacking = float(alpha[support] @ p), float(alpha[support] @ u[support]), radius**2 - square
+        root = max(b * b + a * lacking, 0.0) ** 0.5
+        if not b + root > 0:
+            break
+        wanted = lacking / (b + root)
+        ends = np.full(len(u), np.inf)
+        np.divide(u, -rise, out=ends, where=rise < 0)
+        i = int(ends.argmin())
+        t = min(wanted, max(float(ends[i]), 0.0))
+        tau, square = tau + t, square + (2 * b + a * t) * t
+        u += t * rise
+        if t == wanted:
+            y = np.maximum(np.where(free, u, 0.0), 0.0)
+            slack = M @ y + beta - tau * alpha
+            tolerance = LOOSE * max(float(y.max()), float(np.abs(beta).max()))
+            return y if np.where(free, -np.abs(slack), slack).min() >= -tolerance else None
     return None
 
 

@@ -16,7 +16,7 @@ SWEEPS = 3
 MOST_STEPS = 25
 OVERSHOOT = 1.7  # relaxation of the alternating directions
 LEAST_PULL = 0.05
-LOOKS, BETWEEN_LOOKS = 8, 8  # how often it is seen whether they still change free sets
+LOOKS, BETWEEN_LOOKS = 12, 8  # how often it is seen whether they still change free sets
 SETTLED = 0.1  # share of rows whose free sets may still change when finer methods take over
 TINY = float(np.finfo(np.float32).tiny)
 
