@@ -110,3 +110,17 @@ def test_what_cannot_be_measured_is_refused_before_anything_is() -> None:
         with pytest.raises(InputError):
             bench_steps(**{"names": ["equal"], "progress": lambda text, *_: told.append(text), **options})
     assert told == []
+
+
+def test_rows_come_one_by_one_and_are_not_measured_again() -> None:
+    kept: list[int] = []
+    told: list[str] = []
+    options = {"tasks": (2,), "trunks": ("mlp",), "rounds": 1, "memory": False}
+    first = bench_steps(["equal", "mgda"], keep=lambda r: kept.append(len(r["rows"])), **options)
+    assert kept == [1, 2]
+    again = bench_steps(["equal", "mgda", "rlw"], started=first, keep=lambda r: kept.append(len(r["rows"])), **options)
+    assert again["rows"][:2] == first["rows"]
+    assert kept == [1, 2, 3]
+    # figures of other circumstances are no figures of these
+    other = bench_steps(["equal"], started={**first, "rounds": 2}, keep=lambda r: told.append(r["rows"][0]), **options)
+    assert told == other["rows"] != first["rows"][:1]

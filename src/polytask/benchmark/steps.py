@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ def bench_steps(
     memory: bool = True,
     threads: int = 1,
     progress: Told | None = None,
+    started: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Time and peak memory of one training step of every method.
 
@@ -45,6 +47,8 @@ def bench_steps(
         memory: whether peaks are measured, which takes one process each.
         threads: of torch.
         progress: told (what, done, of how many).
+        started: results of an earlier run with as many rounds on a machine like this one; its rows are not measured again.
+        keep: called with the results so far after each method on each workload.
 
     Returns:
         JSON-ready: ``machine``, and ``rows`` with ``trunk``, ``tasks``, ``library``, ``method``, ``level``, ``ratio`` {median, low, high}
@@ -63,6 +67,14 @@ def bench_steps(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
+    results = {
+        "polytask": polytask.__version__,
+        "schema": 1,
+        "machine": machine(threads),
+        "rounds": rounds,
+        "rows": rows,
+    }
+    known = {_place(r): r for r in _going_on(started, results, memory)}
     try:
         for i, (trunk, k) in enumerate(scenes):
             reference = plain(Workload(trunk, k))
@@ -70,15 +82,33 @@ def bench_steps(
             for j, group in enumerate(groups):
                 if progress is not None:
                     progress(f"{group[0].method}, {trunk}, {k} tasks", i * len(groups) + j, len(scenes) * len(groups))
+                places = [(trunk, k, *c.key) for c in group]
+                if all(p in known for p in places):
+                    rows += [known[p] for p in places]
+                    continue
                 for row in measured(group, trunk, k, reference, rounds):
                     if memory and "error" not in row:
                         key = Key(row["library"], row["method"], row["level"])
                         row["peak_bytes"] = peak_bytes(trunk, k, key, beside)
                         row["peak_ratio"] = row["peak_bytes"] / base if base and row["peak_bytes"] else None
                     rows.append(row)
+                if keep is not None:
+                    keep(results)
     finally:
         torch.set_num_threads(before)
-    return {"polytask": polytask.__version__, "schema": 1, "machine": machine(threads), "rounds": rounds, "rows": rows}
+    return results
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["trunk"], row["tasks"], row["library"], row["method"], row["level"]
+
+
+def _going_on(started: Mapping[str, Any] | None, results: Mapping[str, Any], memory: bool) -> list[dict[str, Any]]:
+    """The rows of an earlier run that count in this one."""
+    alike = ("polytask", "schema", "machine", "rounds")
+    if started is None or any(started.get(k) != results[k] for k in alike):
+        return []
+    return [r for r in started["rows"] if "error" in r or ("peak_bytes" in r) >= memory]
 
 
 def measured(group: Sequence[Contender], trunk: str, k: int, reference: Step, rounds: int) -> list[dict[str, Any]]:

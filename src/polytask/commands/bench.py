@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,13 +61,14 @@ def steps(
     ] = True,
     folder: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where steps.json and steps.md go.", show_default=False),
+        typer.Option("--out", metavar="DIR", help="Where steps.json and steps.md go, row by row.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time and peak memory of one training step, as ratios to a plain sum-of-losses step of the same model.
 
-    Each method and the plain step take turns within each round, on one thread; the median over rounds is shown with its quartiles.
+    Each method and the plain step take turns within each round, on one thread; the median over rounds is shown with its quartiles. With
+    --out, rows are written as they come, and the same command goes on where an earlier one was stopped.
     """
     from polytask.benchmark import bench_steps
     from polytask.errors import InputError
@@ -77,6 +78,16 @@ def steps(
     wrong = next((x for x in level if x not in ("auto", "representation", "exact")), None)
     if wrong is not None:
         raise InputError(f"--level is auto, representation or exact, not {wrong!r}")
+    started = None
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError, ValueError):
+            started = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+
+    def keep(results: dict[str, Any]) -> None:
+        if folder is not None:
+            write_text(folder / "steps.json", json.dumps(results, indent=1) + "\n")
+
     with _bar(quiet=as_json) as progress:
         results = bench_steps(
             _names(methods),
@@ -87,10 +98,11 @@ def steps(
             rounds=rounds,
             memory=memory,
             progress=progress,
+            started=started,
+            keep=keep,
         )
+    keep(results)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "steps.json", json.dumps(results, indent=1) + "\n")
         write_text(folder / "steps.md", steps_markdown(results))
     if as_json:
         print_json(results)
@@ -211,7 +223,7 @@ def _names(given: list[str] | None) -> list[str]:
     return [name.strip() for part in given or () for name in part.split(",") if name.strip()]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _kept(run: Path) -> Iterator[None]:
     try:
         yield
