@@ -233,7 +233,7 @@ def _kept(run: Path) -> Iterator[None]:
         ) from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _bar(quiet: bool) -> Iterator[Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
