@@ -15,13 +15,15 @@ RELATIVE_TOLERANCE = 1e-12
 FEW = 20  # coordinates up to which an elimination costs less than a good first guess
 MANY = 60  # rows from which products with all of them at once cost less than eliminations,
 SMALL = 28  # unless so few coordinates are free,
-FIRM = 0.6  # or the pull says that it would take many
+FIRM = 0.6  # or so low a pull says that it would take many products
+COMMON = 0.6  # share of rows in which a coordinate is free from which it is exchanged for all at first
+INDEPENDENT = 1e-3  # what such a coordinate adds to those that are free more often
 TURNS, WEAKER = 6, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
 SETTLED_ROUNDS = 2
 PIVOT_ROUNDS = 60
-PATIENCE = 3  # exchanges of many coordinates without progress
+FOLLOWED = 8  # rows that resist which are not worth a settlement
+PATIENCE = 2  # exchanges of many coordinates without progress
 STACKED = 13  # systems solved in one call: what stays in the cache
-SINGLY = 6  # exchanges of one coordinate before a single row, or one of more than a few, is followed instead
 MOST_TURNS = 5  # for each coordinate
 LOOSE = 1e-10
 GOLDEN = (5**0.5 - 1) / 2
@@ -31,9 +33,9 @@ TINY = float(np.finfo(np.float64).tiny)
 def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     r"""Minimise :math:`\tfrac12 z^\top M z + q^\top z` over :math:`z \ge 0` for every row q of Q.
 
-    Block principal pivoting: guess which coordinates are free, solve for them, exchange every coordinate of the wrong
-    sign, or one at a time where that leads nowhere. Many rows go through :func:`settle` first; what resists both goes through
-    Lawson and Hanson's method row by row.
+    Block principal pivoting: guess which coordinates are free, solve for them, and exchange every coordinate of the wrong sign.
+    Many rows with many coordinates are guessed together by :func:`settle`. A row that resists is followed along a path one coordinate
+    at a time, and goes through Lawson and Hanson's method where rounding misleads that.
 
     Args:
         M: positive definite with entries of order 1, shape (n, n).
@@ -47,11 +49,13 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     Source: Júdice and Pires, Computers & Operations Research 21 (1994); Lawson and Hanson, Solving Least Squares
     Problems (1974).
     """
-    n = Q.shape[1]
-    if free is not None or len(Q) == 1 or n <= FEW:
+    if free is not None or len(Q) == 1 or Q.shape[1] <= FEW:
         Z, free, rows = _pivot(M, Q, Q < 0 if free is None else free.copy(), PIVOT_ROUNDS)
     else:
-        Z, free, rows = _together(M, Q)
+        Z, free, rows = np.empty_like(Q), np.empty(Q.shape, dtype=bool), np.arange(len(Q))
+    if len(rows) > FOLLOWED:
+        Z[rows], free[rows], resisting = _together(M, Q[rows])
+        rows = rows[resisting]
     for row in rows:
         Z[row] = _follow(M, Q[row], free[row])
     return np.maximum(Z, 0.0)
@@ -65,47 +69,64 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
     if len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
         Z, free, open_ = refine(M, Q, V * np.abs(Q).max(1, keepdims=True), free)
         rows, V = rows[open_], V[open_]
-    for turn in range(TURNS):
         if not len(rows):
-            break
+            return Z, free, rows
+    share = free.mean(0)
+    often = np.argsort(-share)[: int((share > COMMON).sum())]
+    common = np.zeros(len(M), dtype=bool)
+    common[often] = np.linalg.cholesky(M[often[:, None], often]).diagonal() ** 2 > INDEPENDENT
+    T, R = _exchanged(M, Q, common)
+    for turn in range(TURNS):
         if turn:
             pull /= WEAKER
             V = settle(M, Q[rows], pull, np.where(V < 0, np.float32(WEAKER) * V, V))
             free[rows] = V > 0
-        Z[rows], free[rows], resisting = _pivot(M, Q[rows], free[rows], SETTLED_ROUNDS)
+        v, inside, resisting = _pivot(T, R[rows], free[rows] ^ common, SETTLED_ROUNDS)
+        Z[rows], free[rows] = np.where(common, v @ T.T + R[rows], v), inside ^ common
         rows, V = rows[resisting], V[resisting]
+        if not len(rows):
+            break
     return Z, free, rows
 
 
+def _exchanged(M: Matrix, Q: Matrix, B: Mask) -> tuple[Matrix, Matrix]:
+    """T and r of u = Tv + r, where u is z on B and the slack elsewhere, and v the other way round: rows free on about B solve small systems."""
+    b, o = np.flatnonzero(B), np.flatnonzero(~B)
+    k, across = len(b), M[o[:, None], b]
+    solved = np.linalg.solve(M[b[:, None], b], np.concatenate([np.eye(k), across.T, Q[:, b].T], 1))
+    inverse, N, q = solved[:, :k], solved[:, k : len(M)], solved[:, len(M) :]
+    T, R = np.empty_like(M), np.empty_like(Q)
+    T[b[:, None], b], T[b[:, None], o], T[o[:, None], b] = inverse, -N, N.T
+    T[o[:, None], o] = M[o[:, None], o] - across @ N
+    R[:, b], R[:, o] = -q.T, Q[:, o] - (across @ q).T
+    return T, R
+
+
 def _pivot(M: Matrix, Q: Matrix, free: Mask, rounds: int) -> tuple[Matrix, Mask, Places]:
-    """Exchange all coordinates of the wrong sign; where that has not made them fewer for a while, one at a time.
+    """Exchange all coordinates of the wrong sign, until that has not made them fewer for a while.
 
     Also the free sets, and the rows that resist.
     """
-    n = Q.shape[1]
     Z, todo, resisting = np.zeros_like(Q), np.arange(len(Q)), []
     size = np.abs(Q).max(1)
-    fewest, patience = np.full(len(Q), n + 1), np.full(len(Q), PATIENCE)
+    fewest, patience = np.full(len(Q), Q.shape[1] + 1), np.full(len(Q), PATIENCE)
     for _ in range(rounds):
         F = free[todo]
         Z[todo] = z = _solve_free(M, Q[todo], F)
-        slack = z @ M + Q[todo]
+        slack = z @ M.T + Q[todo]
         tolerance = RELATIVE_TOLERANCE * np.maximum(size[todo], np.abs(z).max(1))[:, None]
         wrong = np.where(F, z < -tolerance, slack < -tolerance)
         count = wrong.sum(1)
-        todo, wrong, count = todo[count > 0], wrong[count > 0], count[count > 0]
         fewer = count < fewest[todo]
         fewest[todo] = np.minimum(fewest[todo], count)
         patience[todo] = np.where(fewer, PATIENCE, patience[todo] - 1)
-        if n > FEW or len(Q) == 1:
-            still = patience[todo] >= -SINGLY
-            resisting.extend(todo[~still])
-            todo, wrong = todo[still], wrong[still]
+        tired = (count > 0) & (patience[todo] < 0)
+        resisting.extend(todo[tired])
+        still = (count > 0) & ~tired
+        todo, wrong = todo[still], wrong[still]
         if not len(todo):
             break
-        last = np.zeros_like(wrong)
-        last[np.arange(len(todo)), n - 1 - wrong[:, ::-1].argmax(1)] = True
-        free[todo] ^= np.where((patience[todo] >= 0)[:, None], wrong, last)
+        free[todo] ^= wrong
     return Z, free, np.asarray([*resisting, *todo], dtype=np.intp)
 
 
