@@ -371,3 +371,40 @@ def test_inputs_that_do_not_fit(world: tuple[nn.Sequential, State, dict[str, Sta
         merge(None, experts, "adamerging", model=model, inputs=inputs())
     with pytest.raises(InputError, match="ties does not run the model"):
         adapt(model, base, experts, inputs(), "ties")
+
+
+class Tied(nn.Module):
+    """A language model's two ends: one tensor, two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.head = nn.Linear(4, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:.*led away")
+@pytest.mark.parametrize("stored", ["both", "embedding.weight", "head.weight"])
+def test_tensors_that_a_model_ties_are_merged_once(stored: str) -> None:
+    states = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        states.append({n: v for n, v in Tied().state_dict().items() if stored in ("both", n)})
+    ids = {e: [torch.randint(5, (8, 3))] for e in ("a", "b")}
+    found = merge(
+        states[0],
+        dict(zip("ab", states[1:], strict=True)),
+        "adamerging",
+        model=Tied(),
+        inputs=ids,
+        steps=3,
+        learning_rate=0.1,
+        start=0.5,
+    )
+    assert set(found) == set(states[0])
+    assert len({v.sum().item() for v in found.values()}) == 1
+    mean = next(iter(states[1].values())) / 2 + next(iter(states[2].values())) / 2
+    assert 0 < float((next(iter(found.values())) - mean).norm()) < 0.7 * float(mean.norm())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from polytask.errors import InputError
-from polytask.merging import gather_fisher, gather_gramians, gramian, input_mean, rows, second_moment
+from polytask.merging import gather_fisher, gather_gramians, gramian, input_mean, merge, rows, second_moment
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -120,18 +123,45 @@ def test_padding_does_not_count(length: int) -> None:
     assert close(found["each.weight"], augmented(model.embedding(ids).detach()[mask.bool()]) + augmented(x))
 
 
+def gpt2(seed: int) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 20, "n_positions": 8, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0)).double()
+
+
+def as_linear(model: GPT2LMHeadModel) -> nn.Module:
+    """The same function with ``nn.Linear`` in the place of ``Conv1D``."""
+    model = deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Conv1D":
+            linear = nn.Linear(*module.weight.shape).double()
+            linear.weight.data, linear.bias.data = module.weight.data.T.contiguous(), module.bias.data
+            model.set_submodule(name, linear)
+    return model
+
+
+@pytest.mark.parametrize("method", ["regmean", "esm", "bmm", "regmean_pp"])
+@pytest.mark.filterwarnings("ignore:.*led away")
+def test_weights_kept_the_other_way_round_are_merged_as_those_of_linear_layers(method: str) -> None:
+    models = [gpt2(s) for s in range(3)]
+    turned = {n for n, m in models[0].named_modules() if type(m).__name__ == "Conv1D"}
+    assert len(turned) == 4
+    assert (models[0].transformer.h[0].attn.c_proj.weight.shape) == (8, 8)  # whose shape does not tell
+    ids = {e: [{"input_ids": torch.randint(20, (6, 8))} for _ in range(2)] for e in ("a", "b")}
+    states, linear = [[f(m).state_dict() for m in models] for f in (lambda m: m, as_linear)]
+    found = merge(states[0], dict(zip("ab", states[1:], strict=True)), method, model=models[0], inputs=ids)
+    expected = merge(
+        linear[0], dict(zip("ab", linear[1:], strict=True)), method, model=as_linear(models[0]), inputs=ids
+    )
+    for n, v in expected.items():
+        own = found[n].T if n.removesuffix(".weight") in turned else found[n]
+        assert torch.allclose(own, v, rtol=1e-9, atol=1e-11), n
+    named = {n.removesuffix(".T"): n.endswith(".T") for n in gather_gramians(models[0], ids["a"])}
+    assert named == {f"{n}.weight": True for n in turned}
+
+
 def test_what_no_statistic_can_be_gathered_of_is_said() -> None:
-    class Conv1D(nn.Module):
-        """A linear layer with its weight transposed, as GPT-2 has them."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(4, 2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight
-
-    with pytest.raises(InputError, match="Conv1D, whose weights are transposed"):
-        gather_gramians(nn.Sequential(Conv1D()), [numbers(3, 4)])
+    with pytest.raises(InputError, match="no Gramian was gathered"):
+        gather_gramians(nn.LayerNorm(4), [numbers(3, 4)])
     with pytest.raises(InputError, match=r"a classifier with logits \(examples, classes\), not \[3, 5, 2\]"):
         gather_fisher(nn.Linear(4, 2), [numbers(3, 5, 4)])

@@ -198,10 +198,23 @@ def adapt(
     merged = fitting.fit(bench)
     if check:
         _warn_of_a_way_off(bench, merged, entry.name)
+    merged |= {n: merged[first] for n, first in _tied(model, base).items() if first in merged and n in base}
     result = {n: v.detach().clone() for n, v in base.items()}
     return result | {
         n: written_as(v.detach(), wanted or base[n].dtype, n).to(base[n].device) for n, v in merged.items()
     }
+
+
+def _tied(model: nn.Module, base: State) -> dict[str, str]:
+    """Names of tensors that a model also has under another one, which the base has if it has any: {name: that one}."""
+    names: dict[int, str] = {}
+    tied = {}
+    tensors = model.state_dict(keep_vars=True)
+    for n, v in sorted(tensors.items(), key=lambda item: item[0] not in base):
+        first = names.setdefault(id(v), n)
+        if first != n:
+            tied[n] = first
+    return tied
 
 
 def _check_pairs(batches: Mapping[str, Sequence[Any]], name: str) -> None:
@@ -239,14 +252,14 @@ def _bench(
     of_each = by_expert(batches, list(experts))
     models = [("the base", base), *experts.items()]
     found = match([(label, specs(s, label)) for label, s in models], skip)
-    present = {v.data_ptr() for n, v in model.state_dict().items() if n in base}
-    lacking = [n for n, v in model.state_dict().items() if n not in base and v.data_ptr() not in present]
+    tied = _tied(model, base)
+    lacking = [n for n in model.state_dict() if n not in base and tied.get(n) not in base]
     if lacking:
         raise InputError(f"the model has a tensor {lacking[0]}, which the base has not: build the base's architecture")
     for label, state in models:
         for n in found.merged:
             check_finite(state[n], n, label)
-    wide = {n: torch.promote_types(base[n].dtype, torch.float32) for n in found.merged}
+    wide = {n: torch.promote_types(base[n].dtype, torch.float32) for n in found.merged if n not in tied}
     W0 = {n: base[n].detach().to("cpu", to, copy=True) for n, to in wide.items()}
     D = {n: torch.stack([s[n].detach().to("cpu", to) - W0[n] for s in experts.values()]) for n, to in wide.items()}
     for given in filters:
@@ -254,6 +267,8 @@ def _bench(
         if each.passes:
             raise InputError(f"{each.method.name} must see the whole model first: choose its scope 'tensor' here")
         D = {n: each.apply(W0[n], d, place_of(n, seed)) for n, d in D.items()}
-    apart = {e: {n: v.detach().clone() for n, v in s.items() if n not in W0} for e, s in experts.items()}
+    apart = {
+        e: {n: v.detach().clone() for n, v in s.items() if n not in W0 and n not in tied} for e, s in experts.items()
+    }
     clean = deepcopy(model).cpu().eval().requires_grad_(False)
     return Bench(clean, W0, D, apart, {e: list(of_each[e]) for e in experts})

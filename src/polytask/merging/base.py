@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 18
 """Elements handled at a time by elementwise methods, so that their scratch memory does not grow with the tensor."""
 
+TURNED = ".T"
+"""Behind a weight's name in statistics of layers that keep it as (inputs, outputs)."""
+
 PerExpert = float | Sequence[float]
 
 
@@ -67,11 +70,13 @@ class Place:
         seed: what the random draws at this place are seeded with, beside the name.
         statistics: for each expert, the statistic that the method asked for (a Gramian, a Fisher diagonal), float64, read when it is
             taken; empty where there is none for this tensor.
+        turned: whether the tensor is a weight (inputs, outputs); methods are given it as (outputs, inputs).
     """
 
     name: str
     seed: int = 0
     statistics: Sequence[Tensor] = field(default=())
+    turned: bool = False
 
     def generator(self, expert: int = 0) -> torch.Generator:
         """A generator of this tensor and expert alone: draws depend on no order of work, so that a resumed merge equals an unbroken one."""
@@ -235,7 +240,11 @@ def chunks(D: Float[Tensor, "experts ..."]) -> Iterator[tuple[slice, Float[Tenso
 
 def place_of(name: str, seed: int, statistics: Sequence[Mapping[str, Tensor]] = ()) -> Place:
     """The place of a tensor, with the experts' statistics of it where all of them have one."""
-    return Place(name, seed, OfEach(name, statistics) if all(name in s for s in statistics) else ())
+    for turned in (False, True):
+        stored = name + TURNED * turned
+        if all(stored in s for s in statistics):
+            return Place(name, seed, OfEach(stored, statistics), turned and bool(statistics))
+    return Place(name, seed)
 
 
 def pieces(x: Float[Tensor, "..."], size: int = CHUNK) -> Iterator[Float[Tensor, " piece"]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from polytask.errors import InputError
-from polytask.merging.base import Filter, Merger, Stage, TaskVectorMerger, pieces, place_of
+from polytask.merging.base import TURNED, Filter, Merger, Place, Stage, TaskVectorMerger, pieces, place_of
 from polytask.merging.matching import NAMED, dtype_name
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Engine:
         Raises:
             InputError: there is no tensor to be merged of which every expert has one.
         """
-        found = [set(s) for s in self.statistics]
+        found = [{n.removesuffix(TURNED) for n in s} for s in self.statistics]
         if found and not any(all(n in each for each in found) for n in names):
             of = ", ".join(sorted(found[0])[:NAMED]) or "nothing"
             raise InputError(
@@ -105,8 +105,10 @@ class Engine:
                     W0, W = load(name)
                     assert W0 is not None
                     place = place_of(name, self.seed, self.statistics)
+                    if place.turned:
+                        W0, W = laid_as_linear(W0), laid_as_linear(W)
                     with torch.no_grad():
-                        stage.survey(W0, self._filtered(W0, W.sub_(W0), name, i), place)
+                        stage.survey(W0, self._filtered(W0, W.sub_(W0), place, i), place)
                 stage.end_pass()
                 done += 1
 
@@ -122,16 +124,25 @@ class Engine:
 
     def _merged(self, name: str, W0: Tensor | None, W: Float[Tensor, "experts ..."]) -> Tensor:
         merger, place = self.merger(name), place_of(name, self.seed, self.statistics)
+        if place.turned:
+            W0, W = None if W0 is None else laid_as_linear(W0), laid_as_linear(W)
         if not self.filters:
-            return merger.merge(W0, W, place)
-        assert W0 is not None
-        assert isinstance(merger, TaskVectorMerger)
-        return merger.add_to_base(W0, self._filtered(W0, W.sub_(W0), name, len(self.filters)), place)
+            merged = merger.merge(W0, W, place)
+        else:
+            assert W0 is not None
+            assert isinstance(merger, TaskVectorMerger)
+            merged = merger.add_to_base(W0, self._filtered(W0, W.sub_(W0), place, len(self.filters)), place)
+        return laid_as_linear(merged) if place.turned else merged
 
-    def _filtered(self, W0: Tensor, D: Tensor, name: str, count: int) -> Tensor:
+    def _filtered(self, W0: Tensor, D: Tensor, place: Place, count: int) -> Tensor:
         for each in self.filters[:count]:
-            D = each.apply(W0, D, place_of(name, self.seed, self.statistics))
+            D = each.apply(W0, D, place)
         return D
+
+
+def laid_as_linear(W: Float[Tensor, "... m n"]) -> Float[Tensor, "... n m"]:
+    """Weights kept as (inputs, outputs) as (outputs, inputs), and back."""
+    return W.transpose(-1, -2).contiguous()
 
 
 def all_finite(x: Float[Tensor, "..."]) -> bool:

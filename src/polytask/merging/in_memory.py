@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from polytask.errors import InputError
-from polytask.merging.base import Filter, Merger
+from polytask.merging.base import TURNED, Filter, Merger
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.matching import Spec, compute_dtype, match, result_dtype, spec_of, torch_dtype
 from polytask.registry import Method, find, known
@@ -346,10 +346,11 @@ def check_statistics(
         InputError: one has another shape than its tensor asks for, or holds NaN.
     """
     for label, own in zip(labels, statistics, strict=True):
-        for name, S in own.items():
+        for stored, S in own.items():
+            name, inputs = stored.removesuffix(TURNED), 0 if stored.endswith(TURNED) else 1
             if name not in wanted or (kind == "gramian" and len(wanted[name].shape) != 2):
                 continue
-            shape = wanted[name].shape if kind == "fisher" else (wanted[name].shape[1] + 1,) * 2
+            shape = wanted[name].shape if kind == "fisher" else (wanted[name].shape[inputs] + 1,) * 2
             if tuple(S.shape) != shape:
                 raise InputError(
                     f"the {kind} of {name} of {label} has shape {list(S.shape)}, and its tensor asks for {list(shape)}"

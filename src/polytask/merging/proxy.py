@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from polytask.errors import InputError, MissingExtraError, StorageError
+from polytask.merging.base import TURNED
 from polytask.merging.checkpoint import Checkpoint, open_checkpoint
 from polytask.merging.engine import all_finite
 from polytask.merging.hub import on_hub
@@ -104,7 +105,8 @@ class Proxy:
                 f"the inputs of {file} hold or become NaN or infinite values: {spoilt[0]} of {expert.path} sees them"
             )
         names = stored_names(model, expert)
-        return {names[n]: S for n, S in found.items() if n in names}
+        kept = {n: n.removesuffix(TURNED) for n in found}
+        return {names[w] + n.removeprefix(w): found[n] for n, w in kept.items() if w in names}
 
     def batches(
         self, experts: Sequence[Checkpoint], t: int, base: Path | None, *, rows: int = BATCH, labelled: bool = False

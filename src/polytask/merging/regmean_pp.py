@@ -7,7 +7,7 @@ from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging.adaptive import Adaptive, Bench
-from polytask.merging.base import Place
+from polytask.merging.base import TURNED, Place
 from polytask.merging.regmean import RegMean
 from polytask.merging.statistics import gather_gramians
 from polytask.registry import register
@@ -45,10 +45,14 @@ class RegMeanPlusPlus(Adaptive):
     def fit(self, bench: Bench) -> dict[str, Tensor]:
         W = {n: bench.W0[n] + D.mean(0) for n, D in bench.D.items()}
         first, batches = next(iter(bench.batches.items()))
-        order = [n for n in gather_gramians(bench.with_weights(W, first), batches) if n in W]
+        order = [n for n in gather_gramians(bench.with_weights(W, first), batches) if n.removesuffix(TURNED) in W]
         if not order:
             raise InputError("regmean_pp merges linear layers, and none of the model's is among the tensors merged")
-        for n in order:
-            G = [gather_gramians(bench.with_weights(W, t), bench.batches[t], only={n})[n] for t in bench.batches]
-            W[n] = self.regmean.combine(bench.W0[n] + bench.D[n], Place(n, statistics=tuple(G)))
+        for stored in order:
+            n = stored.removesuffix(TURNED)
+            G = [gather_gramians(bench.with_weights(W, t), bench.batches[t], only={n})[stored] for t in bench.batches]
+            W_t = bench.W0[n] + bench.D[n]
+            # a layer may keep its weight as (inputs, outputs)
+            merged = self.regmean.combine(W_t if stored == n else W_t.mT, Place(n, statistics=tuple(G)))
+            W[n] = merged if stored == n else merged.mT
         return W

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.hooks import RemovableHandle
 
 from polytask.errors import InputError
+from polytask.merging.base import TURNED
 
 
 def gather(statistic: str, model: nn.Module, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -38,10 +39,10 @@ def holding(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 def gather_gramians(model: nn.Module, batches: Iterable[Any], only: Collection[str] | None = None) -> dict[str, Tensor]:
     r"""The Gramian :math:`[X\; 1]^\top [X\; 1]` of the inputs of every linear layer.
 
-    Linear layers are ``nn.Linear`` and both projections of ``nn.MultiheadAttention``: its stacked ``in_proj_weight``, whose inputs are
-    queries, keys and values (once where they are one tensor), and its ``out_proj``. A weight shared by several layers has one Gramian of
-    all their inputs, under its first name; one that is an embedding's as well has none. Padding, where a batch's ``attention_mask``
-    (examples, tokens) is zero, does not count.
+    Linear layers are ``nn.Linear``, GPT-2's ``Conv1D`` and both projections of ``nn.MultiheadAttention``: its stacked
+    ``in_proj_weight``, whose inputs are queries, keys and values (once where they are one tensor), and its ``out_proj``. A weight shared
+    by several layers has one Gramian of all their inputs, under its first name; one that is an embedding's as well has none. Padding,
+    where a batch's ``attention_mask`` (examples, tokens) is zero, does not count.
 
     Args:
         model: an expert; it is put into evaluation mode while it runs.
@@ -49,7 +50,8 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any], only: Collection[s
         only: names of the weights that matter; all when omitted.
 
     Returns:
-        {name of the layer's weight in the state dict: Gramian, shape (inputs + 1, inputs + 1), float64}.
+        {name of the layer's weight in the state dict: Gramian, shape (inputs + 1, inputs + 1), float64}; ``.T`` stands behind the name
+        where the layer keeps the weight as (inputs, outputs).
 
     Raises:
         InputError: no batch.
@@ -67,9 +69,7 @@ def gather_gramians(model: nn.Module, batches: Iterable[Any], only: Collection[s
         for handle in handles:
             handle.remove()
     if not gathering.gramians:
-        turned = any(type(m).__name__ == "Conv1D" for m in model.modules())
-        why = "its layers are Conv1D, whose weights are transposed" if turned else "it has no linear layer"
-        raise InputError(f"no Gramian was gathered: there was no batch for the model, or {why}")
+        raise InputError("no Gramian was gathered: there was no batch for the model, or it has no linear layer")
     return gathering.gramians
 
 
@@ -89,16 +89,18 @@ class _Gathering:
         for module in self.model.modules():
             if isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(self._linear))
+            elif type(module).__name__ == "Conv1D":
+                handles.append(module.register_forward_pre_hook(self._turned))
             elif isinstance(module, nn.MultiheadAttention):
                 handles.append(module.register_forward_pre_hook(self._attention, with_kwargs=True))
         return handles
 
-    def see(self, weight: Tensor, inputs: Tensor) -> None:
+    def see(self, weight: Tensor, inputs: Tensor, suffix: str = "") -> None:
         if id(weight) in self.embeddings or (self.only is not None and self.names[id(weight)] not in self.only):
             return
         X = self._unpadded(inputs).to("cpu", torch.float64)
         S = self.gramians.setdefault(
-            self.names[id(weight)], torch.zeros(X.shape[1] + 1, X.shape[1] + 1, dtype=torch.float64)
+            self.names[id(weight)] + suffix, torch.zeros(X.shape[1] + 1, X.shape[1] + 1, dtype=torch.float64)
         )
         S[:-1, :-1].addmm_(X.T, X)
         total = X.sum(0)
@@ -118,6 +120,10 @@ class _Gathering:
     def _linear(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.Linear)
         self.see(module.weight, inputs[0])
+
+    def _turned(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(module.weight, Tensor)
+        self.see(module.weight, inputs[0], TURNED)
 
     def _attention(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(module, nn.MultiheadAttention)
