@@ -138,15 +138,16 @@ def test_one_expert_is_enough_or_refused(method: Method) -> None:
 
 
 def test_wrong_numbers_of_weights_are_refused() -> None:
-    base, experts = family(3)
     for name, entry in MERGERS.items():
         if "weights" in entry.options:
-            with pytest.raises(InputError, match="weights holds 2 numbers for 3 experts"):
-                merged(entry, base, experts, weights=[1.0, 2.0])
+            base, experts = family(experts_for(entry))
+            with pytest.raises(InputError, match=f"weights holds 1 numbers for {len(experts)} experts"):
+                merged(entry, base, experts, weights=[1.0])
             assert issubclass(entry.factory, TaskVectorMerger) or name in (
                 "weighted",
                 "fisher",
                 "multislerp",
+                "nuslerp",
                 "karcher",
             )
 

@@ -38,17 +38,23 @@ RENAMED = {
     "max_iter": "steps",
     "tol": "tolerance",
     "normalize_weights": "normalize",
+    "nuslerp_flatten": "flatten",
+    "nuslerp_row_wise": "row_wise",
 }
 WITHOUT_MEANING = ("int8_mask", "eps")
 """Parameters that save mergekit memory or keep it from dividing by zero, and change no result."""
 
-DEFAULTS = {"density": 1.0, "scale": 1.0, "select": 1.0, "gamma": 0.01, "epsilon": 0.3}
+DEFAULTS = {"density": 1.0, "scale": 1.0, "select": 1.0, "gamma": 0.01}
 """What mergekit takes where a file says nothing and our own default, the paper's, is another."""
 
-KARCHER = {"steps": 10, "tolerance": 1e-5}
-"""The same for karcher alone."""
+OF_METHODS = {
+    "karcher": {"steps": 10, "tolerance": 1e-5},
+    "della": {"epsilon": 0.3},
+    "della_linear": {"epsilon": 0.3},
+}
+"""The same for single methods."""
 
-WIDTHS = ("epsilon",)
+WIDTHS = {"della": "epsilon", "della_linear": "epsilon"}
 """Options that are half as wide in mergekit: it says +- epsilon, the paper says the whole range."""
 
 WITH_BASE = ("weighted", "karcher")
@@ -272,9 +278,7 @@ def _options(
     name: str,
 ) -> dict[str, Any]:
     t = depth_of(name, layers)
-    defaults = {n: v for n, v in DEFAULTS.items() if n in method.options} | (
-        KARCHER if method.name == "karcher" else {}
-    )
+    defaults = {n: v for n, v in DEFAULTS.items() if n in method.options} | OF_METHODS.get(method.name, {})
     options: dict[str, Any] = {**defaults, **fixed}
     for said in sorted(parameters):
         option = RENAMED.get(said, said)
@@ -289,7 +293,7 @@ def _options(
             continue
         if any(v is None for v in values) and option not in defaults:
             raise InputError(f"{file} sets {said!r} for some models only, not for all of them, at the tensor {name}")
-        wide = 2 if option in WIDTHS else 1
+        wide = 2 if option == WIDTHS.get(method.name) else 1
         values = [defaults[option] if v is None else v * wide if wide > 1 else v for v in values]
         options[option] = values if any(v != values[0] for v in values) else values[0]
     return options
