@@ -272,7 +272,8 @@ def show(plan: MergePlan) -> None:
     right = {"justify": "right", "no_wrap": True}
     screen = out()
     screen.print(table(["", ("model", {"overflow": "fold"}), ("tensors", right), ("size", right)], rows))
-    kept = f", {len(facts['kept'])} taken from the {roles[0]}" if facts["kept"] else ""
+    whose = roles[0] if plan.reference is plan.models[0] else str(plan.reference.path)
+    kept = f", {len(facts['kept'])} taken from {'the ' * (whose in roles)}{whose}" if facts["kept"] else ""
     screen.print(
         f"\n{plan.method}: {facts['merged']} tensors merged{kept}; {facts['parameters'] / 1e6:,.1f} million numbers in "
         f"{len(facts['files'])} file{'s' * (len(facts['files']) > 1)} of {size(facts['bytes'])}.\n"

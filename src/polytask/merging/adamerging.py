@@ -46,6 +46,7 @@ class AdaMerging(Adaptive):
             raise InputError(f"adamerging learns coefficients 'layer'- or 'task'-wise, not {wise!r}")
         in_range(start, "the start of adamerging", 0, 1)
         in_range(learning_rate, "the learning rate of adamerging", 0, float("inf"), open_low=True)
+        in_range(steps, "the number of steps of adamerging", 0, float("inf"))
         self.wise, self.start, self.steps, self.learning_rate = wise, start, steps, learning_rate
         self.takes_labels = labels
 

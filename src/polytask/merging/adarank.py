@@ -52,6 +52,7 @@ class AdaRank(Adaptive):
     ) -> None:
         in_range(rank, "the rank of adarank", 0, 1)
         in_range(learning_rate, "the learning rate of adarank", 0, float("inf"), open_low=True)
+        in_range(steps, "the number of steps of adarank", 0, float("inf"))
         self.scale, self.rank, self.centred = scale, rank, centred
         self.steps, self.learning_rate, self.takes_labels = steps, learning_rate, labels
 

@@ -51,6 +51,7 @@ class FrankWolfe(Adaptive):
             raise InputError(f"frank_wolfe chooses 'model'- or 'layer'-wise, not {wise!r}")
         in_range(start, "the start of frank_wolfe", 0, 1)
         in_range(stride, "the stride of frank_wolfe", 0, 1)
+        in_range(steps, "the number of steps of frank_wolfe", 0, float("inf"))
         self.wise, self.takes_labels = wise, labels
         self.start, self.stride, self.steps = start, stride, steps
 

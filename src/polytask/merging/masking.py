@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from polytask.errors import InputError
-from polytask.merging.base import Place, TaskVectorMerger
+from polytask.merging.base import Place, TaskVectorMerger, chunks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -40,14 +40,19 @@ class Masking(TaskVectorMerger):
 
     def survey(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> None:  # noqa: ARG002
         assert self.expert is not None
-        tau, m = self.unify(D)
-        self.own += float(D[self.expert].abs().sum(dtype=torch.float64))
-        self.part += float((m[self.expert] * tau).abs().sum(dtype=torch.float64))
+        for _, d in chunks(D):
+            tau, m = self.unify(d)
+            self.own += float(d[self.expert].abs().sum(dtype=torch.float64))
+            self.part += float((m[self.expert] * tau).abs().sum(dtype=torch.float64))
 
     def update(self, W0: Float[Tensor, "..."], D: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
         assert self.expert is not None
-        tau, m = self.unify(D)
-        return m[self.expert] * tau * (self.own / self.part if self.part > 0 else 1.0)
+        lam = self.own / self.part if self.part > 0 else 1.0
+        merged = torch.empty_like(D[0])
+        for where, d in chunks(D):
+            tau, m = self.unify(d)
+            merged.view(-1)[where] = lam * m[self.expert] * tau
+        return merged
 
     def check_experts(self, count: int) -> None:
         super().check_experts(count)
