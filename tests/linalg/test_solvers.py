@@ -26,7 +26,8 @@ from polytask.linalg import (
     project_simplex,
     simplex_qp,
 )
-from polytask.linalg.complementarity import _follow
+from polytask.linalg.complementarity import _exchanged, _follow
+from polytask.linalg.shared_matrix import pull_of, settle
 
 
 def vectors(seed: int, decades: float = 0.0, low_rank: bool = False, common: float = 0.3) -> np.ndarray:
@@ -155,13 +156,21 @@ class TestNonnegativeQP:
 
 def hundred(kind: str) -> np.ndarray:
     """Gradients of 100 tasks, of which 100 problems with one matrix are made."""
-    rng = np.random.default_rng(3)
-    dimensions = {"rank-deficient": 40, "few dimensions": 10, "square": 100}.get(kind, 700)
+    rng = np.random.default_rng(8 if kind == "hardly a direction" else 3)
+    dimensions = {
+        "rank-deficient": 40,
+        "few dimensions": 10,
+        "square": 100,
+        "hardly a direction": 54,
+        "one dimension": 1,
+    }.get(kind, 700)
     G = rng.standard_normal((100, dimensions))
     if kind == "badly scaled":
         G *= 10 ** rng.uniform(-6, 6, (100, 1))
     if kind == "duplicates":
         G[50:] = G[:50]
+    if kind == "opposed pairs":
+        G[50:] = -G[:50] * rng.uniform(0.5, 2, (50, 1))
     if kind == "two camps":
         G += rng.choice([-1.0, 1.0], (100, 1)) * rng.standard_normal(dimensions)
     return G
@@ -171,18 +180,33 @@ class TestManyProblems:
     """A hundred rows at once go another way than a few: the same points."""
 
     @pytest.mark.parametrize(
-        "kind", ["plain", "badly scaled", "duplicates", "rank-deficient", "few dimensions", "square", "two camps"]
+        "kind",
+        [
+            "plain",
+            "badly scaled",
+            "duplicates",
+            "opposed pairs",
+            "rank-deficient",
+            "few dimensions",
+            "one dimension",
+            "square",
+            "hardly a direction",
+            "two camps",
+        ],
     )
     @pytest.mark.parametrize("precision", [DOUBLE, SINGLE])
-    def test_optimality(self, kind, precision):
-        M = definite(correlation(hundred(kind) @ hundred(kind).T)[0], precision)
+    @pytest.mark.parametrize("tasks", [30, 100])
+    def test_optimality(self, kind, precision, tasks):
+        G = hundred(kind)[100 - tasks :]
+        M = definite(correlation(G @ G.T)[0], precision)
         Z = nonnegative_qp(M, M)
         slack, size = Z @ M + M, 1 + Z.max(1, keepdims=True)
         assert (Z >= 0).all()
         assert (slack >= -1e-8 * size).all()
         assert (np.abs(Z * slack) <= 1e-8 * size**2).all()
+        assert (Z[slack > 1e-4 * size] == 0).all()  # a combination holds only what binds
 
-    @pytest.mark.parametrize("kind", ["plain", "badly scaled", "rank-deficient", "two camps"])
+    @pytest.mark.parametrize("kind", ["plain", "badly scaled", "rank-deficient", "hardly a direction", "two camps"])
     def test_agrees_with_nnls(self, kind):
         G = hundred(kind)
         n = np.linalg.norm(G, axis=1)
@@ -197,6 +221,55 @@ class TestManyProblems:
         M = correlation(G @ G.T)[0]
         apart = np.concatenate([nonnegative_qp(M, row[None]) for row in M])
         assert nonnegative_qp(M, M) == pytest.approx(apart, abs=1e-8)
+
+    def test_exchanged_problem_has_the_same_points(self):
+        """With w = Mz + q for any z: what was unknown and what was slack on B change places."""
+        rng = np.random.default_rng(4)
+        A = rng.standard_normal((9, 7))
+        M, Q, z = A.T @ A + np.eye(7), rng.standard_normal((3, 7)), rng.standard_normal((3, 7))
+        w = z @ M + Q
+        for B in (rng.random(7) < 0.5, np.zeros(7, dtype=bool), np.ones(7, dtype=bool)):
+            T, R = _exchanged(M, Q, B)
+            assert np.where(B, w, z) @ T.T + R == pytest.approx(np.where(B, z, w))
+
+    def test_alternating_directions_find_most_free_sets(self):
+        G = hundred("square")
+        M = correlation(G @ G.T)[0]
+        V = settle(M, M, pull_of(M))
+        assert ((V > 0) != (nonnegative_qp(M, M) > 0)).any(1).mean() <= 0.2
+
+
+KINDS_OF_MANY = ["wide", "square", "thin", "few", "rank one", "duplicates", "opposed pairs", "spread", "two camps"]
+
+
+@given(
+    st.sampled_from([1, 2, 3, 10, 22, 40, 100]),
+    st.sampled_from(KINDS_OF_MANY),
+    st.floats(-8, 8),
+    st.integers(0, 2**16),
+)
+@settings(max_examples=80, deadline=None)
+def test_any_projections_have_their_certificate(tasks, kind, decade, seed):
+    """Moreau: d in the cone, d - g in the polar one as a non-negative combination, and both orthogonal; whatever the Gramian."""
+    rng = np.random.default_rng(seed)
+    few = {"square": tasks, "thin": max(1, round(0.6 * tasks)), "few": max(1, tasks // 4), "rank one": 1}
+    G = rng.standard_normal((tasks, few.get(kind, 3 * tasks)))
+    half = tasks // 2
+    if kind == "duplicates":
+        G[tasks - half :] = G[:half]
+    if kind == "opposed pairs":
+        G[tasks - half :] = -G[:half] * rng.uniform(0.5, 2, (half, 1))
+    if kind == "spread":
+        G *= 10 ** rng.uniform(-4, 4, (tasks, 1))
+    if kind == "two camps":
+        G += rng.choice([-1.0, 1.0], (tasks, 1)) * rng.standard_normal(G.shape[1])
+    G *= 10**decade
+    n, U = np.linalg.norm(G, axis=1), np.eye(tasks)
+    V = project_dual_cone(G @ G.T, U)
+    D, size = V @ G, (V @ n)[:, None]
+    assert (V >= U).all()
+    assert (D @ G.T / n >= -1e-6 * size).all()
+    assert (np.abs(np.einsum("ij,ij->i", D, (V - U) @ G))[:, None] <= 1e-6 * size**2).all()
 
 
 class TestDualCone:
@@ -270,6 +343,33 @@ class TestConflictAverse:
                 above = (gains - gains[pulled[n[pulled].argmin()]]) / n
                 assert above.min() >= -1e-6 * size
                 assert np.abs(above[pulled]).max() <= 1e-6 * size
+
+    @pytest.mark.parametrize("tasks", [10, 40, 100])
+    @pytest.mark.parametrize("c", [1e-3, 0.1, 0.5])
+    def test_few_dimensions(self, tasks, c):
+        """The least improvement reaches the dual's value at the weights found, which no direction in the ball exceeds."""
+        for dimensions in (2, tasks // 10 + 2, tasks // 4 + 1, tasks // 2):
+            G = np.random.default_rng(tasks + dimensions).standard_normal((tasks, dimensions))
+            u = np.full(tasks, 1 / tasks)
+            g0 = u @ G
+            r = c * np.linalg.norm(g0)
+            v = conflict_averse(G @ G.T, u, c)
+            x, w = v @ G, v / v.sum() @ G
+            assert np.linalg.norm(x) <= r * (1 + 1e-8)
+            most = w @ g0 + r * np.linalg.norm(w)
+            assert (G @ (g0 + x)).min() == pytest.approx(
+                most, abs=1e-7 * np.linalg.norm(G, axis=1).max() * np.linalg.norm(g0)
+            )
+
+    @pytest.mark.parametrize("tasks", [2, 3, 10, 40, 100])
+    def test_a_tiny_ball_serves_the_worst_off_task_alone(self, tasks):
+        for dimensions in (1, 2, tasks // 4 + 1, tasks, 5 * tasks):
+            G = np.random.default_rng(tasks + dimensions).standard_normal((tasks, dimensions))
+            u = np.full(tasks, 1 / tasks)
+            g0 = u @ G
+            worst = G[(G @ g0).argmin()]
+            x = conflict_averse(G @ G.T, u, 1e-6) @ G
+            assert x / np.linalg.norm(g0) * 1e6 == pytest.approx(worst / np.linalg.norm(worst), abs=3e-6)
 
     def test_no_radius(self):
         G = vectors(1)

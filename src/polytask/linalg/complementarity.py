@@ -81,8 +81,9 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
             pull /= WEAKER
             V = settle(M, Q[rows], pull, np.where(V < 0, np.float32(WEAKER) * V, V))
             free[rows] = V > 0
-        v, inside, resisting = _pivot(T, R[rows], free[rows] ^ common, SETTLED_ROUNDS)
-        Z[rows], free[rows] = np.where(common, v @ T.T + R[rows], v), inside ^ common
+        v, exchanged, resisting = _pivot(T, R[rows], free[rows] ^ common, SETTLED_ROUNDS)
+        free[rows] = exchanged ^ common
+        Z[rows] = np.where(common, v @ T.T + R[rows], v) * free[rows]
         rows, V = rows[resisting], V[resisting]
         if not len(rows):
             break
@@ -90,7 +91,10 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
 
 
 def _exchanged(M: Matrix, Q: Matrix, B: Mask) -> tuple[Matrix, Matrix]:
-    """T and r of u = Tv + r, where u is z on B and the slack elsewhere, and v the other way round: rows free on about B solve small systems."""
+    """T and r of u = Tv + r, where u is z on B and the slack elsewhere, and v the other way round.
+
+    Rows that are free on about B have few free coordinates in v.
+    """
     b, o = np.flatnonzero(B), np.flatnonzero(~B)
     k, across = len(b), M[o[:, None], b]
     solved = np.linalg.solve(M[b[:, None], b], np.concatenate([np.eye(k), across.T, Q[:, b].T], 1))

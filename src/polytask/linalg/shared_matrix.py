@@ -45,7 +45,7 @@ def settle(M: Matrix, Q: Matrix, pull: float, V: Single | None = None) -> Single
 
     Returns:
         V, shape (problems, n): the positive part is z, the negative one the slack over :math:`-\rho`, both over the row's largest number.
-        Cost: 16 to 64 products of all rows with a matrix, in single precision.
+        Cost: 8 to 96 products of all rows with a matrix, in single precision.
 
     Source: Boyd et al., Foundations and Trends in Machine Learning 3 (2011).
     """
