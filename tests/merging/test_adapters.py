@@ -40,9 +40,10 @@ def roberta() -> nn.Module:
     return transformers.RobertaForSequenceClassification(config)
 
 
-def gpt() -> nn.Module:
-    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, **ids))
+def gpt(kind: Any = transformers.GPT2LMHeadModel, **more: Any) -> nn.Module:
+    ids: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, **more}
+    model: nn.Module = kind(transformers.GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, **ids))
+    return model
 
 
 class Plain(nn.Module):
@@ -336,7 +337,7 @@ def test_a_sum_of_adapters_is_an_adapter(case: str, tmp_path: Path) -> None:
         "task_arithmetic",
         lambda _: {"weights": [0.7, -0.4], "scale": 1.0},
     )
-    assert write_adapter(plan, tmp_path / "merged") < 1e-10
+    assert write_adapter(plan, tmp_path / "merged").share < 1e-10
     one, two, found = (update(tmp_path / n) for n in ("adapter0", "adapter1", "merged"))
     for layer, D in found.items():
         assert torch.allclose(D, 0.7 * one[layer] - 0.4 * two[layer], atol=1e-6)
@@ -360,7 +361,7 @@ def test_a_smaller_rank_keeps_the_most(tmp_path: Path) -> None:
     write(plan, tmp_path / "whole")
     whole, base = load_base(tmp_path / "whole"), load_base(tmp_path / "base")
     again = MergePlan(plan.experts, plan.base, plan.method, plan.options)
-    lost = write_adapter(again, tmp_path / "merged", 3)
+    lost = write_adapter(again, tmp_path / "merged", 3).share
     D = {n: (whole[f"{n}.weight"] - base[f"{n}.weight"]).double() for n in update(tmp_path / "merged")}
     tails = {n: float(torch.linalg.svdvals(d)[3:].square().sum()) for n, d in D.items()}
     assert lost == pytest.approx(sum(tails.values()) / sum(float(d.square().sum()) for d in D.values()), rel=1e-4)
@@ -373,7 +374,8 @@ def test_what_makes_no_adapter(tmp_path: Path) -> None:
     stored("roberta, ranks", tmp_path)
     base, adapter = tmp_path / "base", tmp_path / "adapter0"
     for experts, rank, message in (
-        ([base], None, "base is no adapter: adapters of one base alone"),
+        ([base], None, "whole models have no ranks to add up: say which rank the adapter gets"),
+        ([base], 2, "no matrix of a linear layer changed"),
         ([adapter], None, "holds classifier.* whole: here adapters are low-rank updates alone"),
         ([adapter], 0, "the rank of an adapter is at least 1, not 0"),
     ):
@@ -390,3 +392,137 @@ def test_rows_of_other_lengths_are_no_low_rank_update(tmp_path: Path) -> None:
         write_adapter(MergePlan([tmp_path / "adapter0"], tmp_path / "base", "task_arithmetic"), tmp_path / "out")
     with pytest.raises(InputError, match="is a DoRA of"):
         ExpertLibrary.from_adapters(llama(), {"one": tmp_path / "adapter0"})
+
+
+# --- of whole models
+
+
+WHOLE: dict[str, Callable[[], nn.Module]] = {
+    "llama": llama,
+    "roberta": roberta,
+    "gpt": gpt,
+    "gpt, head": lambda: gpt(transformers.GPT2ForSequenceClassification, num_labels=3, pad_token_id=0),
+}
+
+
+def tuned(make: Callable[[], nn.Module], folder: Path, experts: int = 1, only: str = "") -> None:
+    """A base and models away from it in all the parameters whose names hold a text."""
+    for t in range(experts + 1):
+        torch.manual_seed(0)
+        model = make()
+        for name, p in model.named_parameters():
+            p.requires_grad_(only in name)
+        if t:
+            moved(model, t)
+        model.save_pretrained(folder / ("base" if t == 0 else f"model{t - 1}"))
+
+
+def logits(model: nn.Module) -> Tensor:
+    ids = torch.arange(3, 13).reshape(2, 5)
+    with torch.no_grad():
+        found: Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("case", WHOLE)
+@pytest.mark.filterwarnings("ignore")
+def test_peft_makes_the_merged_model_of_its_adapter(case: str, tmp_path: Path) -> None:
+    tuned(WHOLE[case], tmp_path, experts=2)
+    models = [tmp_path / "model0", tmp_path / "model1"]
+    plan = MergePlan(models, tmp_path / "base", "task_arithmetic", lambda _: {"scale": 0.4})
+    loss = write_adapter(plan, tmp_path / "adapter", 16)
+    write(MergePlan(models, tmp_path / "base", "task_arithmetic", plan.options), tmp_path / "merged")
+    # all but the tables of embeddings
+    assert loss.left_out
+    assert all("emb" in n or ".wte." in n or ".wpe." in n for n in loss.left_out)
+    base, merged = load_base(tmp_path / "base"), load_base(tmp_path / "merged")
+    moves = {n: float((merged[n] - base[n]).square().sum()) for n in base}
+    assert loss.share == pytest.approx(sum(moves[n] for n in loss.left_out) / sum(moves.values()), rel=1e-4)
+    kind = type(WHOLE[case]())
+    whole = kind.from_pretrained(tmp_path / "merged")
+    whole.load_state_dict({n: base[n] for n in loss.left_out}, strict=False)
+    adapted = peft.PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert torch.allclose(logits(adapted), logits(whole), atol=1e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(logits(adapted), logits(whole), atol=1e-2)
+    assert torch.allclose(logits(adapted.merge_and_unload()), logits(whole), atol=1e-5)
+    # and so do we
+    again = open_expert(tmp_path / "adapter", open_expert(tmp_path / "base", None))
+    changed = {n: v for n, v in merged.items() if n not in loss.left_out}
+    assert all(torch.allclose(again.read(n), v, atol=1e-5) for n, v in changed.items())
+
+
+def test_whole_models_lose_the_tails_of_their_spectra(tmp_path: Path) -> None:
+    tuned(llama, tmp_path, only="proj")
+    base, model = load_base(tmp_path / "base"), load_base(tmp_path / "model0")
+    loss = write_adapter(
+        MergePlan([tmp_path / "model0"], tmp_path / "base", "task_arithmetic", lambda _: {"scale": 1.0}),
+        tmp_path / "adapter",
+        5,
+    )
+    D = {n: (model[n] - base[n]).double() for n in base if "proj" in n}
+    tails = sum(float(torch.linalg.svdvals(d)[5:].square().sum()) for d in D.values())
+    assert loss.share == pytest.approx(tails / sum(float(d.square().sum()) for d in D.values()), rel=1e-4)
+    assert loss.left_out == ()
+    found = update(tmp_path / "adapter")
+    assert {f"{n}.weight" for n in found} == set(D)
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (said["r"], said["bias"], said["modules_to_save"]) == (5, "none", None)
+    assert said["base_model_name_or_path"] == str(tmp_path / "base")
+
+
+def test_only_what_changed_is_in_the_adapter(tmp_path: Path) -> None:
+    tuned(roberta, tmp_path, only="layer.1.output")
+    plan = MergePlan([tmp_path / "model0"], tmp_path / "base", "average")
+    assert write_adapter(plan, tmp_path / "adapter", 16) == (pytest.approx(0, abs=1e-9), ())
+    said = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    module = "roberta.encoder.layer.1.output"
+    assert said["target_modules"] == [f"{module}.dense"]
+    assert said["modules_to_save"] == [f"{module}.LayerNorm"]
+    assert set(read_adapter(tmp_path / "adapter").replaced) == {
+        f"{module}.dense.bias",
+        f"{module}.LayerNorm.weight",
+        f"{module}.LayerNorm.bias",
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_models_of_one_s_own(tmp_path: Path) -> None:
+    """Without a configuration names and shapes tell what is a linear layer."""
+    states = []
+    for t in range(2):
+        torch.manual_seed(0)
+        model = Plain()
+        if t:
+            moved(model, t)
+        states.append({n: v.clone() for n, v in model.state_dict().items()})
+        save_file(states[-1], tmp_path / f"{t}.safetensors")
+    plan = MergePlan(
+        [tmp_path / "1.safetensors"], tmp_path / "0.safetensors", "task_arithmetic", lambda _: {"scale": 1.0}
+    )
+    loss = write_adapter(plan, tmp_path / "adapter", 16)
+    attention = {f"layer.self_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")}
+    assert set(loss.left_out) == attention | {"conv.weight", "conv.bias"}
+    fresh = Plain()
+    fresh.load_state_dict(states[0])
+    found = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload().state_dict()
+    for n, v in found.items():
+        assert torch.allclose(v, states[n not in loss.left_out][n], atol=1e-5), n
+
+
+def test_the_command_line_says_what_an_adapter_leaves_out(tmp_path: Path) -> None:
+    tuned(llama, tmp_path)
+    command = [sys.executable, "-m", "polytask", "merge", str(tmp_path / "base"), str(tmp_path / "model0")]
+    done = subprocess.run(
+        [*command, "--as-adapter", "4", "--out", str(tmp_path / "a")], capture_output=True, text=True, check=True
+    )
+    first, second = done.stdout.splitlines()
+    assert first.startswith(f"task_arithmetic of 1 model: {tmp_path / 'a'}, ")
+    assert first.endswith("% of the squared update lost")
+    assert second == "Changed, but with no place in an adapter: model.embed_tokens.weight."
+    refused = subprocess.run(
+        [*command, "--as-adapter", "0", "--out", str(tmp_path / "b")], capture_output=True, text=True, check=False
+    )
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "whole models have no ranks to add up" in refused.stderr
+    assert not (tmp_path / "b").exists()

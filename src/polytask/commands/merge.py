@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from polytask.merging.proxy import Proxy
 
 METHOD = "task_arithmetic"
+NAMED = 3
+"""How many names of tensors a sentence lists."""
 
 Paths = Annotated[
     list[Path],
@@ -98,7 +100,7 @@ def merge(
         typer.Option(
             "--as-adapter",
             metavar="RANK",
-            help="Write an adapter again, where all experts are adapters; 0 for the sum of their ranks.",
+            help="Write an adapter of this rank in place of a whole model; 0, where all experts are adapters, for the sum of their ranks.",
             show_default=False,
         ),
     ] = None,
@@ -154,11 +156,16 @@ def merge(
 def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: bool) -> None:
     from polytask.merging.adapter_writer import write_adapter
 
-    lost = write_adapter(plan, folder, rank or None)
+    loss = write_adapter(plan, folder, rank or None)
     if as_json:
-        print_json({"folder": str(folder), "lost": lost})
-    else:
-        text = f"{plan.method} of {len(plan.experts)} adapters: {folder}, {lost:.2%} of the squared update lost"
+        print_json({"folder": str(folder), "lost": loss.share, "left_out": list(loss.left_out)})
+        return
+    count = len(plan.experts)
+    text = f"{plan.method} of {count} model{'s' * (count > 1)}: {folder}, {loss.share:.2%} of the squared update lost"
+    out().print(text, markup=False, soft_wrap=True)
+    if loss.left_out:
+        named, more = ", ".join(loss.left_out[:NAMED]), len(loss.left_out) - NAMED
+        text = f"Changed, but with no place in an adapter: {named}{f' and {more} more' if more > 0 else ''}."
         out().print(text, markup=False, soft_wrap=True)
 
 

@@ -1,46 +1,84 @@
-"""Merging adapters into an adapter: the merged update of each layer, at a low rank again."""
+"""Writing what a merge changed as an adapter: the merged update of each layer, at a low rank."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from polytask.errors import InputError, StorageError
+from polytask.merging.adaptable import adaptable
 from polytask.merging.adapter import WEIGHTS, Adapter, Update, placed, read_adapter
 from polytask.merging.checkpoint import ADAPTER
 from polytask.merging.hub import fetched
-from polytask.merging.matching import Spec
+from polytask.merging.matching import spec_of
 from polytask.merging.on_disk import MergePlan
 from polytask.merging.safetensors_file import Writer
 from polytask.merging.spectral import leading_triplets
+from polytask.merging.stored import TensorFolder
+
+UNCHANGED = 1e-6
+"""The part of a tensor's length up to which its update is rounding."""
+
+
+class Loss(NamedTuple):
+    """What an adapter does not hold of a merge.
+
+    Attributes:
+        share: of the squared update, cut off or left out.
+        left_out: tensors that changed and are not in it at all.
+    """
+
+    share: float
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where in an adapter the merged tensors go.
+
+    Attributes:
+        layers: {weight: its layer}, for updates at a low rank.
+        settings: of the adapter's configuration.
+        turned: whether the layers keep their weights as (inputs, outputs).
+        biases: {bias: its layer}, for those that are kept whole where they changed.
+        modules: {module: its tensors}, the same for modules.
+    """
+
+    layers: Mapping[str, str]
+    settings: Mapping[str, Any]
+    turned: bool
+    biases: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> float:
-    r"""Merge adapters of one base as planned, and write the outcome as one more adapter of it.
+def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> Loss:
+    r"""Merge as planned, and write the outcome as an adapter of the base.
 
     Each layer's merged update is cut to its leading singular triplets, :math:`D \approx U S V^\top`, and stored as
     :math:`B = U S^{1/2}`, :math:`A = S^{1/2} V^\top` with scale 1. Means and sums of adapters have no more than the sum of their ranks,
-    so that nothing is lost unless a smaller rank is asked for; other methods lose what the return value tells.
+    so that nothing is lost unless a smaller rank is asked for; other methods, and whole models, lose what the return value tells.
+
+    Of whole models all linear layers are cut to the rank; norms and biases that changed are kept whole, as peft's ``modules_to_save``
+    and ``bias``. Other tensors that changed, embeddings and convolutions, have no place in the adapter: they count as lost.
 
     Args:
-        plan: its experts are adapters of its base, and its method needs no statistics.
+        plan: its method needs no statistics. Its experts are all adapters of its base, or fine-tuned models.
         folder: a new one; peft loads it.
         rank: of every layer; the sum of the adapters' ranks when omitted.
 
-    Returns:
-        The share of the squared update that was cut off.
-
     Raises:
-        InputError: an expert that is no adapter, holds whole tensors, or changes what is no matrix of a linear layer; the folder exists.
+        InputError: adapters that hold whole tensors, or change what is no matrix of a linear layer; whole models without a rank, or of
+            which no linear layer changed; the folder exists.
         StorageError: a file cannot be read or written.
 
     Cost: as the merge, and one eigendecomposition of the smaller side a layer.
@@ -49,32 +87,42 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> flo
         raise InputError(f"{folder} exists already: name another folder")
     if rank is not None and rank < 1:
         raise InputError(f"the rank of an adapter is at least 1, not {rank}")
-    adapters = _adapters(plan)
-    layers = _layers(plan, adapters)
+    if plan.base is None:
+        raise InputError("an adapter changes a base: name the one that the models started from")
     if plan.proxy is not None or plan.routing is not None:
         raise InputError(f"{plan.method} looks at data with whole models: its result cannot be written as an adapter")
-    r = rank or sum(max(a.tensors.specs[u.A].shape[0] for u in a.updates.values()) for a in adapters)
+    adapters = _adapters(plan)
+    if adapters:
+        room = _layers(plan, adapters)
+        rank = rank or sum(max(a.tensors.specs[u.A].shape[0] for u in a.updates.values()) for a in adapters)
+    elif rank is None:
+        raise InputError("whole models have no ranks to add up: say which rank the adapter gets, such as 16")
+    else:
+        room = _room(plan)
     plan.engine.survey(plan.match.merged, plan.load)
     work = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
-        lost, whole = _write(plan, work / WEIGHTS[0], layers, r)
-        said = _configuration(adapters[0], layers, r)
-        (work / ADAPTER).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        # adapters change their layers alone
+        loss = _write(plan, work, room, rank, room.layers if adapters else plan.match.merged)
         os.replace(work, folder)
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {(error.strerror or 'unknown reason').lower()}") from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return lost / whole if whole else 0.0
+    return loss
 
 
 def _adapters(plan: MergePlan) -> list[Adapter]:
+    """The experts, where all of them are adapters."""
     found = []
-    for path in map(fetched, plan.experts):
-        if not (path / ADAPTER).exists() or plan.base is None:
-            raise InputError(f"{path} is no adapter: adapters of one base alone make an adapter")
+    if any("+" in str(p) and not p.exists() for p in plan.experts):
+        return []
+    paths = [fetched(p) for p in plan.experts]
+    if not all((p / ADAPTER).exists() for p in paths):
+        return []
+    for path in paths:
         adapter = read_adapter(path)
         adapter.check_low_rank()
         if any(u.bias for u in adapter.updates.values()):
@@ -83,8 +131,8 @@ def _adapters(plan: MergePlan) -> list[Adapter]:
     return found
 
 
-def _layers(plan: MergePlan, adapters: list[Adapter]) -> dict[str, tuple[str, Update]]:
-    """By the weight: its layer, as the first adapter that changes it calls it, and that adapter's update."""
+def _layers(plan: MergePlan, adapters: list[Adapter]) -> Room:
+    """Every layer that an adapter changes, as the first one calls it."""
     layers: dict[str, tuple[str, Update]] = {}
     for adapter in adapters:
         for weight, layer in placed(adapter, plan.models[0]).items():
@@ -93,29 +141,74 @@ def _layers(plan: MergePlan, adapters: list[Adapter]) -> dict[str, tuple[str, Up
         plain = u.A.endswith("weight") and len(plan.specs[weight].shape) == 2 and ".base_layer." not in u.A
         if not plain or weight not in plan.match.merged:
             raise InputError(f"{weight} is not merged as the matrix of a linear layer: no adapter can be written")
-    if len({u.turned for _, u in layers.values()}) > 1:
+    turned = {u.turned for _, u in layers.values()}
+    if len(turned) > 1:
         raise InputError("some adapters keep their weights turned around (fan_in_fan_out) and some do not")
-    return layers
+    said: dict[str, Any] = json.loads((adapters[0].path / ADAPTER).read_text(encoding="utf-8"))
+    return Room({weight: layer for weight, (layer, _) in layers.items()}, said, turned.pop())
 
 
-def _write(plan: MergePlan, file: Path, layers: Mapping[str, tuple[str, Update]], r: int) -> tuple[float, float]:
-    specs: dict[str, Spec] = {}
-    for weight, (layer, u) in layers.items():
-        out, width = plan.specs[weight].shape[::-1] if u.turned else plan.specs[weight].shape
-        specs[_stored(layer, "A")] = Spec((r, width), "float32")
-        specs[_stored(layer, "B")] = Spec((out, r), "float32")
-    lost = whole = 0.0
-    with Writer(file, specs) as writer:
-        for weight, (layer, u) in layers.items():
-            W0, W = plan.load(weight)
-            assert W0 is not None
-            D = plan.engine.merge(weight, W0.clone(), W).sub_(W0)
-            A, B = _factors(D.T if u.turned else D, r)
-            lost += float((D - ((B @ A).T if u.turned else B @ A)).square().sum())
-            whole += float(D.square().sum())
-            writer.add(_stored(layer, "A"), A.float())
-            writer.add(_stored(layer, "B"), B.float())
-    return lost, whole
+def _room(plan: MergePlan) -> Room:
+    """What there is room for of whole models."""
+    found = adaptable(plan.specs, plan.models[0].path)
+    said = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": str(plan.base),
+        "fan_in_fan_out": found.turned,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "task_type": None,
+    }
+    return Room(found.layers, said, found.turned, found.biases, found.modules)
+
+
+def _write(plan: MergePlan, work: Path, room: Room, r: int, merged: Iterable[str]) -> Loss:
+    """The adapter's files; tensors wait in files of their own until it is known what changed."""
+    waiting = TensorFolder(work / "waiting")
+    module_of = {n: m for m, names in room.modules.items() for n in names}
+    layers: list[str] = []
+    biases: list[str] = []
+    modules: list[str] = []
+    left_out: list[str] = []
+    lost = altogether = 0.0
+    for name in merged:
+        W0, W = plan.load(name)
+        assert W0 is not None
+        D = plan.engine.merge(name, W0.clone(), W).sub_(W0)
+        squared = float(D.square().sum())
+        altogether += squared
+        if squared <= (UNCHANGED * float(W0.norm())) ** 2:
+            lost += squared
+        elif name in room.layers:
+            A, B = _factors(D.T if room.turned else D, r)
+            lost += float((D - ((B @ A).T if room.turned else B @ A)).square().sum())
+            layers.append(room.layers[name])
+            waiting[_stored(layers[-1], "A")], waiting[_stored(layers[-1], "B")] = A.float(), B.float()
+        elif name in module_of or name in room.biases:
+            (modules if name in module_of else biases).append(module_of.get(name, name))
+            spec = plan.specs[name]
+            waiting[name] = W0.add_(D).reshape(spec.shape).to(spec.torch_dtype)
+        else:
+            lost += squared
+            left_out.append(name)
+    if not layers:
+        raise InputError("no matrix of a linear layer changed: there is nothing for an adapter to hold")
+    names = {n: n for layer in layers for n in (_stored(layer, "A"), _stored(layer, "B"))}
+    for bias in biases:
+        layer = room.biases[bias]
+        names[bias] = f"base_model.model.{layer}{'.base_layer' * (layer in layers)}.bias"
+    for module in dict.fromkeys(modules):
+        for n in room.modules[module]:
+            names[n] = f"base_model.model.{n}"
+            if n not in waiting:
+                waiting[n] = plan.models[0].read(n)
+    with Writer(work / WEIGHTS[0], {stored: spec_of(waiting[n]) for n, stored in names.items()}) as writer:
+        for n, stored in names.items():
+            writer.add(stored, waiting[n])
+    shutil.rmtree(waiting.folder)
+    said = _configuration(room, layers, list(dict.fromkeys(modules)), bool(biases), r)
+    (work / ADAPTER).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    return Loss(lost / altogether if altogether else 0.0, tuple(left_out))
 
 
 def _factors(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
@@ -125,15 +218,15 @@ def _factors(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return F.pad(root[:, None] * Vh, (0, 0, 0, missing)), F.pad(U * root, (0, missing))
 
 
-def _configuration(first: Adapter, layers: Mapping[str, tuple[str, Update]], r: int) -> dict[str, Any]:
-    said: dict[str, Any] = json.loads((first.path / ADAPTER).read_text(encoding="utf-8"))
-    plain = {"lora_alpha": r, "r": r, "alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False, "bias": "none"}
+def _configuration(room: Room, layers: list[str], modules: list[str], biases: bool, r: int) -> dict[str, Any]:
+    plain = {"lora_alpha": r, "r": r, "alpha_pattern": {}, "rank_pattern": {}, "use_rslora": False}
     return {
-        **said,
+        **room.settings,
         **plain,
+        "bias": "all" if biases else "none",
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "target_modules": sorted(layer for layer, _ in layers.values()),
+        "modules_to_save": modules or None,
+        "target_modules": sorted(layers),
     }
 
 
