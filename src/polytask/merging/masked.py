@@ -1,7 +1,8 @@
-"""One task vector for all experts and a bit an entry for each: models that are unpacked task by task.
+"""Bits of each expert beside one base: models that are unpacked task by task.
 
-A merged model serves all tasks at once and pays for it; an expert each costs T models. Between them lies a single task vector of which
-every expert switches on its own entries: T bits a parameter beside two models.
+A merged model serves all tasks at once and pays for it; an expert each costs T models. Between them lie a single task vector of which
+every expert switches on its own entries, T bits a parameter beside two models, and the signs of each expert's own task vector, T bits
+beside one.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polytask.errors import InputError, StorageError
+from polytask.merging.bitdelta import BitDelta, signed, size
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.merging.engine import check_finite
 from polytask.merging.in_memory import State, make, specs
-from polytask.merging.masking import Masking
+from polytask.merging.masking import KeptApart, Masking
 from polytask.merging.matching import compute_dtype, dtype_name, match, torch_dtype
 
 FILES = ("model.safetensors", "unified.safetensors", "masks.safetensors")
 ABOUT = "masks.json"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
@@ -38,9 +40,10 @@ class MaskedExperts:
 
     Attributes:
         base: the state that they were fine-tuned from.
-        unified: the common task vector, by tensor.
+        unified: the common task vector, by tensor; without the tensors that experts have nothing common of.
         masks: for each expert, its bits of each tensor, eight to a byte.
         factors: for each expert, what its part of the common task vector is multiplied by.
+        sizes: for each expert, of tensors without a common task vector, how far every entry moves to the side that its bit says.
         kept: for each expert, the tensors that were not packed, such as its head.
     """
 
@@ -48,10 +51,11 @@ class MaskedExperts:
     unified: dict[str, Tensor]
     masks: dict[str, dict[str, Tensor]]
     factors: dict[str, float]
+    sizes: dict[str, dict[str, float]]
     kept: dict[str, dict[str, Tensor]]
 
     def expert(self, name: str) -> dict[str, Tensor]:
-        r"""The state dict of one expert: :math:`W_0 + \lambda_t\, m_t \odot \tau`.
+        r"""The state dict of one expert: :math:`W_0 + \lambda_t\, m_t \odot \tau`, or :math:`W_0 + \alpha_t (2 m_t - 1)`.
 
         Raises:
             InputError: there is no expert of that name.
@@ -62,6 +66,10 @@ class MaskedExperts:
         for n, tau in self.unified.items():
             part = tau * _unpacked(self.masks[name][n], tau.shape)
             state[n] = (state[n].to(tau.dtype) + self.factors[name] * part).to(state[n].dtype)
+        for n, alpha in self.sizes[name].items():
+            to = torch.promote_types(state[n].dtype, torch.float32)
+            tau = signed(_unpacked(self.masks[name][n], state[n].shape), alpha, to)
+            state[n] = (state[n].to(to) + tau).to(state[n].dtype)
         return state | {n: v.clone() for n, v in self.kept[name].items()}
 
     @property
@@ -88,7 +96,8 @@ class MaskedExperts:
             work.mkdir(parents=True)
             for file, tensors in zip(FILES, (self.base, self.unified, packed), strict=True):
                 save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, work / file)
-            about = {"format": FORMAT, "experts": names, "factors": [self.factors[e] for e in names]}
+            about = {"format": FORMAT, "experts": names}
+            about |= {"factors": [self.factors[e] for e in names], "sizes": [self.sizes[e] for e in names]}
             (work / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             os.replace(work, folder)
         except OSError as error:
@@ -107,8 +116,9 @@ class MaskedExperts:
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             names, factors = list(about["experts"]), [float(f) for f in about["factors"]]
-            known = about["format"] == FORMAT and len(names) == len(factors)
-        except (OSError, ValueError, KeyError, TypeError):
+            sizes = [{n: float(a) for n, a in own.items()} for own in about["sizes"]]
+            known = about["format"] == FORMAT and len(names) == len(factors) == len(sizes)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             known = False
         if not known:
             raise InputError(f"{folder} holds no experts packed with masks in the format {FORMAT}")
@@ -120,7 +130,9 @@ class MaskedExperts:
             position, _, n = key.partition("/")
             apart = n.startswith("kept/")
             (kept if apart else masks)[names[int(position)]][n.removeprefix("kept/") if apart else n] = value
-        return cls(base, unified, masks, dict(zip(names, factors, strict=True)), kept)
+        return cls(
+            base, unified, masks, dict(zip(names, factors, strict=True)), dict(zip(names, sizes, strict=True)), kept
+        )
 
 
 @torch.no_grad()
@@ -132,12 +144,12 @@ def pack(
     skip: Sequence[str] = (),
     **options: Any,
 ) -> MaskedExperts:
-    """Pack fine-tuned models of one base into one task vector and a mask each.
+    """Pack fine-tuned models of one base into one task vector and a mask each, or into the signs of each one's own task vector.
 
     Args:
         base: the state dict that the experts were fine-tuned from.
         experts: their state dicts, by name or in a sequence.
-        method: ``emr`` or ``tall``.
+        method: ``emr``, ``tall`` or ``bitdelta``.
         skip: patterns of tensors that stay as each expert has them, such as ``"head.*"``.
         options: the method's own.
 
@@ -150,12 +162,13 @@ def pack(
     if not named:
         raise InputError("there is nothing to pack: no expert was given")
     masking = make(method, **options)
-    if not isinstance(masking, Masking) or masking.expert is not None:
+    if not isinstance(masking, KeptApart) or masking.expert is not None:
         raise InputError(f"{masking.method.name} keeps no masks of all experts: merge by it")
     models = [("the base", base), *named.items()]
     found = match([(label, specs(s, label)) for label, s in models], skip)
     unified: dict[str, Tensor] = {}
     masks: dict[str, dict[str, Tensor]] = {e: {} for e in named}
+    sizes: dict[str, dict[str, float]] = {e: {} for e in named}
     own, part = torch.zeros(len(named), dtype=torch.float64), torch.zeros(len(named), dtype=torch.float64)
     for n in found.merged:
         for label, s in models:
@@ -163,19 +176,27 @@ def pack(
         to = torch_dtype(compute_dtype(dtype_name(s[n].dtype) for _, s in models))
         W0 = base[n].detach().to("cpu", to)
         D = torch.stack([s[n].detach().to("cpu", to) - W0 for s in named.values()])
-        unified[n], chosen = masking.unify(D)
-        own += D.abs().reshape(len(D), -1).sum(1, dtype=torch.float64)
-        part += (chosen * unified[n].abs()).reshape(len(D), -1).sum(1, dtype=torch.float64)
+        if isinstance(masking, Masking):
+            unified[n], chosen = masking.unify(D)
+            own += D.abs().reshape(len(D), -1).sum(1, dtype=torch.float64)
+            part += (chosen * unified[n].abs()).reshape(len(D), -1).sum(1, dtype=torch.float64)
+        elif isinstance(masking, BitDelta) and masking.takes(n, W0.ndim):
+            chosen = D >= 0
+            for e, tau in zip(named, D, strict=True):
+                sizes[e][n] = size(tau)
+        else:
+            continue
         for e, mask in zip(named, chosen, strict=True):
             masks[e][n] = _packed(mask)
-    factors = torch.where(part > 0, own / part, 1.0) if masking.rescaled else torch.ones_like(own)
-    kept = {e: {n: v.detach().clone() for n, v in s.items() if n not in set(found.merged)} for e, s in named.items()}
+    rescaled = isinstance(masking, Masking) and masking.rescaled
+    factors = torch.where(part > 0, own / part, 1.0) if rescaled else torch.ones_like(own)
     return MaskedExperts(
         {n: v.detach().clone() for n, v in base.items()},
         unified,
         masks,
         dict(zip(named, factors.tolist(), strict=True)),
-        kept,
+        sizes,
+        {e: {n: v.detach().clone() for n, v in s.items() if n not in masks[e]} for e, s in named.items()},
     )
 
 

@@ -1,4 +1,4 @@
-"""What is common to methods that keep a mask for each expert."""
+"""What is common to methods that keep experts apart, by a mask or by other bits of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Masking(TaskVectorMerger):
+class KeptApart(TaskVectorMerger):
+    r"""A merger that gives the model of one expert as it comes out of what :func:`~polytask.merging.pack` keeps of all.
+
+    Args:
+        expert: whose model.
+    """
+
+    def __init__(self, *, expert: int | None = None) -> None:
+        super().__init__()
+        self.keeps = self.expert = expert
+
+    def check_experts(self, count: int) -> None:
+        super().check_experts(count)
+        if self.expert is None:
+            raise InputError(
+                f"{self.method.name} keeps bits of each expert: say whose model is wanted, expert=NAME; polytask.merging.pack keeps all"
+            )
+        if not isinstance(self.expert, int) or not 0 <= self.expert < count:
+            raise InputError(f"there is no expert {self.expert!r} among {count}")
+
+
+class Masking(KeptApart):
     r"""A rule that makes one task vector of several, and says which of its entries each expert uses.
 
     As a merger it gives the model of one expert, :math:`W_0 + \lambda_t\, m_t \odot \tau`.
@@ -30,8 +51,7 @@ class Masking(TaskVectorMerger):
     rescaled: ClassVar[bool]
 
     def __init__(self, *, expert: int | None = None) -> None:
-        super().__init__()
-        self.keeps = self.expert = expert
+        super().__init__(expert=expert)
         self.passes = int(self.rescaled)
         self.begin()
 
@@ -53,15 +73,6 @@ class Masking(TaskVectorMerger):
             tau, m = self.unify(d)
             merged.view(-1)[where] = lam * m[self.expert] * tau
         return merged
-
-    def check_experts(self, count: int) -> None:
-        super().check_experts(count)
-        if self.expert is None:
-            raise InputError(
-                f"{self.method.name} keeps a mask for each expert: say whose model is wanted, expert=NAME; polytask.merging.pack keeps all"
-            )
-        if not isinstance(self.expert, int) or not 0 <= self.expert < count:
-            raise InputError(f"there is no expert {self.expert!r} among {count}")
 
     @abstractmethod
     def unify(self, D: Float[Tensor, "experts ..."]) -> tuple[Float[Tensor, "..."], Bool[Tensor, "experts ..."]]:

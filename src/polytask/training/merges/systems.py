@@ -12,7 +12,7 @@ from polytask.merging.base import Merger
 from polytask.merging.esm_pp import ESMPP
 from polytask.merging.in_memory import merge, merging_method
 from polytask.merging.masked import pack
-from polytask.merging.masking import Masking
+from polytask.merging.masking import KeptApart
 from polytask.merging.matching import skipped
 from polytask.registry import Method, methods
 from polytask.training.merges.candidates import TRIALS, Candidate, merged
@@ -69,7 +69,7 @@ def _kind(method: Method) -> tuple[Callable[..., Outcome], str, str | None]:
     kind: type = method.factory  # type: ignore[assignment]
     if issubclass(kind, Adaptive):
         return _adapted, "method", None
-    if issubclass(kind, Masking):
+    if issubclass(kind, KeptApart):
         return _masked, "a mask for each task", None
     return _routed, "routed experts", ESMPP.statistic
 
@@ -88,7 +88,7 @@ def candidate(
         InputError: unknown method, filter or option; filters before a method that takes none.
     """
     found = merging_method(name)
-    if issubclass(found.factory, Merger) and not issubclass(found.factory, Masking):  # type: ignore[arg-type]
+    if issubclass(found.factory, Merger) and not issubclass(found.factory, KeptApart):  # type: ignore[arg-type]
         return merged(name, experts=experts, trials=trials, options=options, filters=filters)
     if filters:
         raise InputError(f"no filter can go before {found.name}")
