@@ -7,9 +7,10 @@
 Each figure is the median (with ``--worst`` the largest) over several random Gramians of the fastest of repeated calls, in the thread's
 own time and on one thread: what the method costs a step beyond the gradients. Every other Gramian comes with equal losses, the others
 with losses spread over a decade. ``degenerate`` Gramians have half as many dimensions as tasks, ``badly_scaled`` ones lengths over 12
-decades; ``thin`` ones have 0.6 times as many dimensions and nothing in common, which leaves hardly a direction that opposes none, and
-``opposed`` ones a third, which leaves none. With ``--torchjd`` the same Gramians go in turns through TorchJD's solver of the same method
-(its extras installed), and the median ratio of times is printed: how many times faster polytask's is.
+decades; ``thin`` ones have 0.6 times as many dimensions and nothing in common, which leaves few directions that oppose none,
+``narrow`` ones 0.54 times, which leaves hardly any, and ``opposed`` ones a third, which leaves none. With ``--torchjd`` the same
+Gramians go in turns through TorchJD's solver of the same method (its extras installed), and the median ratio of times is printed: how
+many times faster polytask's is.
 """
 
 from __future__ import annotations
@@ -29,13 +30,18 @@ import torch
 from polytask.balancing import GramianWeighting, make
 from polytask.registry import methods
 
-KINDS = ("high_dimensional", "common_part", "degenerate", "badly_scaled", "thin", "opposed")
+KINDS = ("high_dimensional", "common_part", "degenerate", "badly_scaled", "thin", "narrow", "opposed")
 Solve = Callable[[], object]
 
 
 def gramian(kind: str, tasks: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    few = {"degenerate": tasks // 2 + 1, "thin": max(2, round(0.6 * tasks)), "opposed": max(1, tasks // 3)}
+    few = {
+        "degenerate": tasks // 2 + 1,
+        "thin": max(2, round(0.6 * tasks)),
+        "narrow": max(2, round(0.54 * tasks)),
+        "opposed": max(1, tasks // 3),
+    }
     dimensions = few.get(kind, 10 * tasks)
     G = rng.standard_normal((tasks, dimensions))
     if kind in ("common_part", "degenerate", "badly_scaled"):

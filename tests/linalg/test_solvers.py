@@ -232,7 +232,7 @@ class TestManyProblems:
             T, R = _exchanged(M, Q, B)
             assert np.where(B, w, z) @ T.T + R == pytest.approx(np.where(B, z, w))
 
-    def test_alternating_directions_find_most_free_sets(self):
+    def test_the_modulus_method_finds_most_free_sets(self):
         G = hundred("square")
         M = correlation(G @ G.T)[0]
         V = settle(M, M, pull_of(M))

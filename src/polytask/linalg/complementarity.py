@@ -62,7 +62,7 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
 
 
 def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
-    """Guess by alternating directions, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
+    """Guess by the modulus method, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
     pull = pull_of(M)
     V = settle(M, Q, pull)
     Z, free, rows = np.zeros_like(Q), V > 0, np.arange(len(Q))

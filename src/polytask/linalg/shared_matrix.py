@@ -14,7 +14,6 @@ ACCURACY = 1e-9  # of residuals, relative to the largest number of the row
 FINE = 1e-4  # how far conjugate gradients lower residuals
 SWEEPS = 3
 MOST_STEPS = 25
-OVERSHOOT = 1.8  # relaxation of the alternating directions
 LEAST_PULL = 0.05
 LOOKS, BETWEEN_LOOKS = 12, 8  # how often it is seen whether they still change free sets
 SETTLED = 0.1  # share of rows whose free sets may still change when finer methods take over
@@ -31,38 +30,35 @@ def pull_of(M: Matrix) -> float:
 
 
 def settle(M: Matrix, Q: Matrix, pull: float, V: Single | None = None) -> Single:
-    r"""About the z of :func:`nonnegative_qp` for every row q of Q at once, by alternating directions.
+    r"""About the z of :func:`nonnegative_qp` for every row q of Q at once, by the modulus method.
 
-    .. math:: x = (M + \rho I)^{-1}(\rho |v| - q), \qquad v \leftarrow v + \alpha (x - v_+)
+    With :math:`z = v_+` and the slack :math:`-\rho v_-`, complementary whatever v is, :math:`Mz + q` is the slack where
 
-    One inverse serves all rows and steps, and a product of all rows with it costs less than one small factorisation a row.
+    .. math:: v = (\rho I + M)^{-1} ((\rho I - M) |v| - 2q)
+
+    which is iterated: the matrix on :math:`|v|` is a contraction. It serves all rows and steps, and a product of all rows with it costs
+    less than one small factorisation a row.
 
     Args:
         M: positive definite with entries of order 1, shape (n, n).
         Q: one linear term a row, shape (problems, n).
-        pull: the penalty :math:`\rho`.
+        pull: :math:`\rho`.
         V: where to go on from.
 
     Returns:
-        V, shape (problems, n): the positive part is z, the negative one the slack over :math:`-\rho`, both over the row's largest number.
-        Cost: 8 to 96 products of all rows with a matrix, in single precision.
+        V, shape (problems, n), over the row's largest number. Cost: 8 to 96 products of all rows with a matrix, in single precision.
 
-    Source: Boyd et al., Foundations and Trends in Machine Learning 3 (2011).
+    Source: van Bokhoven, Piecewise-Linear Modelling and Analysis (1981); it is Peaceman and Rachford's alternation of directions.
     """
-    inverse = np.linalg.inv(M + pull * np.eye(len(M)))
+    twice = 2 * np.linalg.inv(M + pull * np.eye(len(M)))
     size = np.maximum(np.abs(Q).max(1, keepdims=True), TINY)
-    fixed, N = (Q / size @ (-OVERSHOOT * inverse)).astype(np.float32), (OVERSHOOT * pull * inverse).astype(np.float32)
-    V = fixed.copy() if V is None else V
-    positive = np.empty_like(V)
+    fixed, N = (Q / size @ -twice).astype(np.float32), (pull * twice - np.eye(len(M))).astype(np.float32)
+    V = fixed if V is None else V
     for _ in range(LOOKS):
         before = V > 0
         for _ in range(BETWEEN_LOOKS):
-            X = np.abs(V) @ N
-            X += fixed
-            np.maximum(V, 0.0, out=positive)
-            positive *= np.float32(OVERSHOOT)
-            V -= positive
-            V += X
+            V = np.abs(V) @ N
+            V += fixed
         if (before != (V > 0)).any(1).mean() < SETTLED:
             break
     return V
