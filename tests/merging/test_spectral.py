@@ -8,9 +8,20 @@ from torch import Tensor
 
 from polytask.merging import make, merge
 from polytask.merging import spectral as module
-from polytask.merging.esd import _in_float32, esd
+from polytask.merging.esd import _between, _in_float32, esd
 from polytask.merging.esm import ESM
-from polytask.merging.spectral import LEAK, NEGLIGIBLE, SMALL, in_doubt, leading_triplets, polar, small_gramian
+from polytask.merging.spectral import (
+    LEAK,
+    NEGLIGIBLE,
+    ROWS,
+    SMALL,
+    in_doubt,
+    leading_triplets,
+    polar,
+    polar_factors,
+    product,
+    small_gramian,
+)
 
 LARGE = SMALL + 44
 FLAT, STEEP = -0.5, -3.0
@@ -86,6 +97,43 @@ def test_the_polar_factor_is_that_of_the_svd(m: int, n: int) -> None:
     assert off(found.flip(0), s) < 1e-9
     assert polar(A, torch.float32)[0].dtype == torch.float32
     assert off(polar(A, torch.float32)[0], U @ Vh) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-8, 1.0, 1e8, 1e25])
+@pytest.mark.parametrize(("power", "rank"), [(-0.4, LARGE), (-1.5, LARGE), (-0.4, 200)])
+def test_a_long_stack_is_whitened_in_float32_only_where_well_conditioned(scale: float, power: float, rank: int) -> None:
+    U, V = (torch.linalg.qr(numbers(d, LARGE, seed=i))[0][:, :rank] for i, d in enumerate((3 * LARGE, LARGE)))
+    s = scale * torch.arange(1, rank + 1, dtype=torch.float64) ** power
+    A, expected = (U * s @ V.T).float(), U @ V.T
+    # what float32 cannot hold the squares of is left to float64, as is what is ill-conditioned
+    assert (module._whitening(A) is None) == (power < -1 or rank < LARGE or not 1e-20 < scale < 1e20)
+    for stack, polar_factor in ((A, expected), (A.T, expected.T)):
+        left, found, right = polar_factors(stack)
+        assert off(found.flip(0)[:rank], s) < LEAK
+        # what is ill-conditioned, rounding the stack to float32 moves by more
+        assert off(left @ right, polar_factor) < (LEAK if power > -1 else 1e-3)
+        assert off(left @ right, polar(stack.double())[0]) < (LEAK if power > -1 else 1e-4)
+
+
+@pytest.mark.parametrize(("m", "n"), [(40, 3 * ROWS + 7), (ROWS + 9, 50), (30, ROWS), (1, 1)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6)])
+def test_a_congruence_reads_one_triangle(m: int, n: int, dtype: torch.dtype, tolerance: float) -> None:
+    delta, X = numbers(m, n).to(dtype), numbers(n // 2 + 1, n + 1, seed=1)
+    G = (X.T @ X)[:-1, :-1]
+    before = G.clone()
+    found = _between(delta, G)
+    assert off(found, delta.double() @ G @ delta.double().T) < tolerance
+    assert torch.equal(found, found.T)
+    assert torch.equal(G, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_product_is_that_of_the_formula_however_its_factors_lie_in_memory(dtype: torch.dtype) -> None:
+    A, B = numbers(70, 90).to(dtype), numbers(110, 90, seed=1).to(dtype)
+    for X, Y in ((A, B), (A[::2], B), (A, B.T.contiguous().T), (A[:, 10:40], B[:, 10:40]), (A[:1], B[:1])):
+        assert off(product(X, Y), X.double() @ Y.double().T) < (1e-6 if dtype == torch.float32 else 1e-14)
+    assert product(A[:0], B).shape == (0, 110)
+    assert torch.equal(product(A[:, :0], B[:, :0]), torch.zeros(70, 110, dtype=dtype))
 
 
 def experts(m: int, n: int, count: int = 3) -> Tensor:

@@ -9,11 +9,13 @@ import torch
 from polytask.merging.spectral import (
     LEAK,
     MORE,
+    ROWS,
     can_be_mended,
     kept,
     leading_pairs,
     leading_triplets,
     orthonormal,
+    product,
     rayleigh_ritz,
 )
 
@@ -74,16 +76,22 @@ def esd(
 
 
 def _between(delta: Float[Tensor, "m n"], G: Float[Tensor, "n n"]) -> Float[Tensor, "m m"]:
-    r""":math:`\Delta G \Delta^\top` of a symmetric G in the dtype of :math:`\Delta`, from one triangle of G: half of the first product."""
-    from scipy.linalg import blas  # a fifth of a second that plans need not wait for
+    r""":math:`\Delta G \Delta^\top = \Delta H \Delta^\top + (\Delta H \Delta^\top)^\top` of a symmetric :math:`G = H + H^\top`.
 
-    half = G.to(delta.dtype, copy=True, memory_format=torch.contiguous_format)
-    half.diagonal().mul_(0.5)
-    multiply = blas.dtrmm if delta.dtype == torch.float64 else blas.strmm
-    # Fortran reads the transposes of both
-    W = torch.from_numpy(multiply(1.0, half.numpy().T, delta.contiguous().numpy().T, lower=True).T)
-    M = W @ delta.T
+    In the dtype of :math:`\Delta`; half of the first product, for H is block-triangular.
+    """
+    M = product(_times_half(delta, G), delta)
     return M + M.T
+
+
+def _times_half(delta: Float[Tensor, "m n"], G: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
+    r""":math:`\Delta H`, where H is G below its diagonal blocks, and half of G in them."""
+    h = len(G) // 2
+    if len(G) <= ROWS:
+        return product(delta, G.to(delta.dtype) / 2)
+    above, below = delta[:, :h], delta[:, h:]
+    left = _times_half(above, G[:h, :h]) + product(below, G[:h, h:].to(delta.dtype))
+    return torch.cat([left, _times_half(below, G[h:, h:])], 1)
 
 
 def _in_float32(

@@ -11,7 +11,7 @@ import torch
 
 from polytask.merging.base import Place, TaskVectorMerger, TaskVectorOptions, in_range
 from polytask.merging.esd import esd
-from polytask.merging.spectral import in_doubt, polar
+from polytask.merging.spectral import in_doubt, polar_factors
 from polytask.merging.tsv_m import TSVM
 from polytask.registry import register
 
@@ -55,7 +55,9 @@ class ESM(TaskVectorMerger):
 
     needs = "statistics"
     statistic = "gramian"
-    scratch = 40.0  # the stacks and their decomposition are outputs x outputs in float64, for layers up to four times as tall as wide
+    # resident memory at its peak over a merge of eight, Gramians apart: 64 tensors at 3072 x 768, where stacks and their decomposition
+    # are outputs x outputs in float64; 32 at 768 x 768, 9 at 768 x 3072
+    scratch = 66.0
 
     def __init__(
         self,
@@ -109,11 +111,13 @@ class ESM(TaskVectorMerger):
         left, right = self.stacks(D, statistics)
         if not len(right):
             return torch.zeros_like(D[0])
-        outputs, inputs = polar(left, D.dtype), polar(right, D.dtype)
-        if in_doubt(outputs[1]):
+        (P, s, Q), (R, t, T) = polar_factors(left, D.dtype), polar_factors(right, D.dtype)
+        if in_doubt(s):
             left, right = self.stacks(D, statistics, exact=True)
-            outputs, inputs = polar(left, D.dtype), polar(right, D.dtype)
-        return outputs[0] @ inputs[0] * (self.gain * outputs[1].mean() * inputs[1].mean())
+            (P, s, Q), (R, t, T) = polar_factors(left, D.dtype), polar_factors(right, D.dtype)
+        # pi(U) pi(V) = P Q R T, in the cheapest order
+        merged: Tensor = torch.linalg.multi_dot([P, Q, R, T])
+        return merged * (self.gain * s.mean() * t.mean())
 
     def stacks(
         self, D: Float[Tensor, "experts m n"], statistics: Iterable[Tensor], *, exact: bool = False
@@ -121,7 +125,7 @@ class ESM(TaskVectorMerger):
         """U and V."""
         experts, m, n = D.shape
         k = m // experts or 1
-        norm = torch.stack([delta.double().norm() for delta in D])
+        norm = torch.stack([torch.linalg.vector_norm(delta, dtype=torch.float64) for delta in D])
         # stacks of many experts are ill-conditioned, in float64 until they are orthogonal; V of a wide layer is not
         precision = D.dtype if 2 * m <= n else torch.float64
         U, V = [], []

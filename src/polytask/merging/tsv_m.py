@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from polytask.merging.base import MatrixMerger, Place
-from polytask.merging.spectral import in_doubt, leading_triplets, polar
+from polytask.merging.spectral import in_doubt, leading_triplets, polar_factors
 from polytask.registry import register
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-Polar: TypeAlias = "tuple[Tensor, Tensor]"
+Factors: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 
 
 @register(
@@ -38,16 +38,22 @@ class TSVM(MatrixMerger):
     directions, with full precision.
     """
 
-    scratch = 3.0
+    # resident memory at its peak over a merge of two to eight: 19 to 20 tensors at 768 x 768, 10 to 11 with one side four times as long
+    scratch = 21.0
 
     def update_matrix(self, W0: Float[Tensor, "m n"], D: Float[Tensor, "experts m n"], place: Place) -> Tensor:  # noqa: ARG002
         k = min(D.shape[1:]) // len(D) or 1
-        left, s, right = self.shares(D, k)
+        left, S, right = self.shares(D, k)
         if in_doubt(left[1]) or in_doubt(right[1]):
-            left, s, right = self.shares(D, k, exact=True)
-        return (left[0] * s.to(D.dtype)) @ right[0]
+            del left, S, right
+            left, S, right = self.shares(D, k, exact=True)
+        (P, _, Q), (R, _, T) = left, right
+        merged: Tensor = torch.linalg.multi_dot([P, Q * S.to(D.dtype), R, T])
+        return merged
 
-    def shares(self, D: Float[Tensor, "experts m n"], k: int, *, exact: bool = False) -> tuple[Polar, Tensor, Polar]:
+    def shares(
+        self, D: Float[Tensor, "experts m n"], k: int, *, exact: bool = False
+    ) -> tuple[Factors, Tensor, Factors]:
         """Both stacks' polar factors and singular values, and S between them."""
         m, n = D.shape[1:]
         # many shares side by side are ill-conditioned, in float64 until they are orthogonal; on a far longer side they are not
@@ -58,4 +64,4 @@ class TSVM(MatrixMerger):
             triplets.append((U.to(left), s, Vh.to(right)))
         U, s, Vh = (torch.cat([t[i] for t in triplets], dim=d) for i, d in ((0, 1), (1, 0), (2, 0)))
         del triplets
-        return polar(U, D.dtype), s, polar(Vh, D.dtype)
+        return polar_factors(U, D.dtype), s, polar_factors(Vh, D.dtype)
