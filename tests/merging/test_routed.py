@@ -16,7 +16,7 @@ from polytask.errors import InputError, StorageError
 from polytask.merging.routed import LowRank, RoutedLinear, forcing, recording, routed_layers, unpadded
 from polytask.merging.routed_attention import RoutedAttention
 from polytask.merging.routed_model import add_experts, load_routed, save_routed
-from polytask.merging.routers import Arrow, Constant, LinearRouter, Prototypes, Router, own_mean
+from polytask.merging.routers import Arrow, Constant, LinearRouter, Prototypes, Router, Subspaces, own_mean
 
 K, RANK, WIDTH = 3, 4, 16
 
@@ -39,6 +39,7 @@ ROUTERS: dict[str, Router] = {
     "prototypes": Prototypes(draw(K, WIDTH, seed=3)),
     "arrow": Arrow(draw(K, WIDTH, seed=3), temperature=0.7, top_k=2),
     "arrow per example": Arrow(draw(K, WIDTH, seed=3), per="example"),
+    "subspaces": Subspaces(draw(K, 2, WIDTH, seed=3), top_k=2),
     "linear": LinearRouter(draw(K, WIDTH, seed=3), draw(K, seed=4), top_k=2),
     "linear per example": LinearRouter(draw(K, WIDTH, seed=3), draw(K, seed=4), per="example"),
     "constant": Constant(draw(K, seed=3)),

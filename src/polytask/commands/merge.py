@@ -175,7 +175,7 @@ def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
     from polytask.merging.in_memory import merging_method
 
     found = merging_method(method)
-    if found.needs == "inputs" or issubclass(found.factory, Merger):  # type: ignore[arg-type]
+    if found.needs != "statistics" or issubclass(found.factory, Merger):  # type: ignore[arg-type]
         return found.name, None
     own = {name: options.pop(name) for name in list(options) if name in found.options}
     made: ESMPP = found.factory(**own)

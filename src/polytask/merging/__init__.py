@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from polytask.merging.moments import gramian, input_mean, rows, second_moment
     from polytask.merging.routed import forcing, recording
     from polytask.merging.routed_model import load_routed, save_routed
+    from polytask.merging.smile import route_by_subspaces
     from polytask.merging.statistics import gather_fisher, gather_gramians
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "pack",
     "recording",
     "route_by_prototypes",
+    "route_by_subspaces",
     "route_experts",
     "rows",
     "save_routed",
@@ -81,6 +83,7 @@ _homes = {
     "pack": "masked",
     "recording": "routed",
     "route_by_prototypes": "esm_pp",
+    "route_by_subspaces": "smile",
     "route_experts": "fusion",
     "rows": "moments",
     "save_routed": "routed_model",

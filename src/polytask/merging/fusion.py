@@ -153,8 +153,9 @@ def _extra(layer: RoutedLinear) -> int:
     """Multiplications a token of the experts that are used, and of the router."""
     K, r, width = layer.A.shape
     used = 1 if layer.router.one_a_sample else layer.router.options.get("top_k") or K
-    router = 0 if layer.router.kind == "constant" else K * width
-    return min(used, K) * r * (width + layer.out_features) + router
+    router: int = sum(t.numel() for t in layer.router.state_dict().values() if t.ndim > 1)
+    found: int = min(used, K) * r * (width + layer.out_features) + router
+    return found
 
 
 def logits_of(output: Any) -> Tensor:

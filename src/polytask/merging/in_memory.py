@@ -23,6 +23,7 @@ State: TypeAlias = "Mapping[str, Tensor]"
 WHOLE = {
     "inputs": "runs the model on inputs while it merges: give them both to polytask.merging.merge",
     "statistics": "keeps experts in one model: polytask.merging.route_by_prototypes makes it, and polytask merge",
+    "base": "keeps experts in one model: polytask.merging.route_by_subspaces makes it",
 }
 """What is to be said of methods that do not go tensor by tensor, by what they need."""
 

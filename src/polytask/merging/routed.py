@@ -25,10 +25,12 @@ class LowRank:
     Args:
         A: shape (experts, rank, inputs).
         B: shape (experts, outputs, rank).
+        C: the updates of the layer's bias, shape (experts, outputs), where experts have any.
     """
 
     A: Float[Tensor, "experts rank inputs"]
     B: Float[Tensor, "experts outputs rank"]
+    C: Float[Tensor, "experts outputs"] | None = None
 
     @classmethod
     def stack(cls, pairs: Sequence[tuple[Float[Tensor, "rank inputs"], Float[Tensor, "outputs rank"]]]) -> Self:
@@ -52,7 +54,7 @@ class LowRank:
 class RoutedLinear(nn.Module):
     r"""A linear layer and its experts, weighed by a router.
 
-    .. math:: y = W x + b + \sum_t w_t(x)\, B_t A_t x
+    .. math:: y = W x + b + \sum_t w_t(x)\, (B_t A_t x + c_t)
 
     Its weight and bias keep their names, so that a routed model's state dict is the plain one's and some more.
 
@@ -63,6 +65,7 @@ class RoutedLinear(nn.Module):
         router: gives w.
         mix: ``outputs`` is the formula above; ``parameters`` mixes A and B each for itself, with cross terms
             :math:`w_s w_t B_s A_t`, which is cheaper where the weights are the same for all inputs.
+        C: :math:`c_t`, shape (experts, outputs); zero when omitted.
 
     Raises:
         InputError: shapes that do not fit.
@@ -87,9 +90,10 @@ class RoutedLinear(nn.Module):
         B: Float[Tensor, "experts outputs rank"],
         router: Router,
         mix: Mix = "outputs",
+        C: Float[Tensor, "experts outputs"] | None = None,
     ) -> None:
         super().__init__()
-        fits = A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2]
+        fits = A.shape[0] == B.shape[0] and A.shape[1] == B.shape[2] and (C is None or C.shape == B.shape[:2])
         if not fits or (B.shape[1], A.shape[2]) != tuple(linear.weight.shape):
             raise InputError(
                 f"experts of {list(B.shape)} x {list(A.shape)} do not fit a {list(linear.weight.shape)} layer"
@@ -99,12 +103,15 @@ class RoutedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.A, self.B = (nn.Parameter(t.detach().to(linear.weight), requires_grad=False) for t in (A, B))
+        self.C = None if C is None else nn.Parameter(C.detach().to(linear.weight), requires_grad=False)
         self.router = router.to(linear.weight.device)
         self.mix: Mix = mix
 
     def forward(self, x: Float[Tensor, "batch ... inputs"]) -> Float[Tensor, "batch ... outputs"]:
         w = self.weights(x)
         y = F.linear(x, self.weight, self.bias)
+        if self.C is not None:
+            y = y + w @ self.C
         if self.router.one_a_sample and self.forced is None and x.ndim > 2:
             chosen = w.reshape(len(x), -1).argmax(-1)
             h = torch.bmm(x.flatten(1, -2), self.A[chosen].mT)

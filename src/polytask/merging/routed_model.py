@@ -58,7 +58,9 @@ def add_experts(
     for weight, low in experts.items():
         holder, attribute = _holder(model, weight)
         linear = getattr(holder, attribute)
-        setattr(holder, attribute, RoutedLinear(linear, low.A, low.B, router(weight, low), mix).train(model.training))
+        setattr(
+            holder, attribute, RoutedLinear(linear, low.A, low.B, router(weight, low), mix, low.C).train(model.training)
+        )
     model.expert_names = tuple(names)  # type: ignore[assignment]
     _forbid_fused_paths(model)
     return model
@@ -124,7 +126,9 @@ def load_routed(folder: Path, model: nn.Module) -> nn.Module:
             raise InputError(f"{folder / EXPERTS} does not hold the experts of {weight} that {ROUTING} tells of")
     for name, tensor in state.items():
         tensor.copy_(base.read(name))
-    low = {w: LowRank(experts.read(f"{w}/A"), experts.read(f"{w}/B")) for w in layers}
+    low = {
+        w: LowRank(*(experts.read(f"{w}/{part}") for part in "ABC" if f"{w}/{part}" in experts.specs)) for w in layers
+    }
     add_experts(model, said["experts"], low, lambda weight, _: _router(weight, layers[weight], experts))
     for module, entry in zip(routed_layers(model).values(), _in_order(model, layers), strict=True):
         module.mix = entry["mix"]

@@ -107,6 +107,30 @@ class Arrow(Router):
         return softmax_of_top(q, self.options["top_k"])
 
 
+class Subspaces(Router):
+    r"""Each token to the experts whose leading input directions hold most of it (SMILE, Tang et al., 2024, arXiv:2408.10174).
+
+    .. math:: w = \operatorname{softmax}_{\text{top } k} \lVert V_t^\top x \rVert_2
+
+    Args:
+        V: :math:`V_t^\top`, shape (experts, directions, inputs); rows of zeros where an expert has fewer.
+        top_k: how many experts share an input; all of them when omitted.
+    """
+
+    kind = "subspaces"
+
+    def __init__(self, V: Float[Tensor, "experts directions inputs"], top_k: int | None = 1) -> None:
+        super().__init__()
+        self.register_buffer("V", V.detach().clone())
+        checked = _checked(len(V), 1.0, top_k, "token")
+        self.options = {"top_k": checked["top_k"]}
+
+    def weigh(self, x: Float[Tensor, "batch ... inputs"], mask: Bool[Tensor, "batch tokens"] | None) -> Tensor:  # noqa: ARG002
+        V = self.get_buffer("V").to(x.dtype)
+        held = F.linear(x, V.flatten(0, 1)).view(*x.shape[:-1], *V.shape[:2])
+        return softmax_of_top(held.norm(dim=-1), self.options["top_k"])
+
+
 class LinearRouter(Router):
     r"""A learned linear map of the input; with zeros, where training starts, all experts weigh the same.
 
@@ -163,7 +187,7 @@ class Constant(Router):
         return self.coefficients.to(x.dtype)
 
 
-KINDS: dict[str, type[Router]] = {r.kind: r for r in (Prototypes, Arrow, LinearRouter, Constant)}
+KINDS: dict[str, type[Router]] = {r.kind: r for r in (Prototypes, Arrow, Subspaces, LinearRouter, Constant)}
 
 
 def own_mean(

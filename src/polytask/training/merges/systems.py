@@ -14,6 +14,7 @@ from polytask.merging.in_memory import merge, merging_method
 from polytask.merging.masked import pack
 from polytask.merging.masking import KeptApart
 from polytask.merging.matching import skipped
+from polytask.merging.smile import SMILE
 from polytask.registry import Method, methods
 from polytask.training.merges.candidates import TRIALS, Candidate, merged
 from polytask.training.merges.lineage import Lineage, Outcome
@@ -66,12 +67,12 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
 
 def _kind(method: Method) -> tuple[Callable[..., Outcome], str, str | None]:
     """How a method is run, what comes out, and which statistic it needs."""
-    kind: type = method.factory  # type: ignore[assignment]
+    kind: Any = method.factory
     if issubclass(kind, Adaptive):
         return _adapted, "method", None
     if issubclass(kind, KeptApart):
         return _masked, "a mask for each task", None
-    return _routed, "routed experts", ESMPP.statistic
+    return _routed, "routed experts", kind.statistic
 
 
 def candidate(
@@ -129,11 +130,14 @@ def _masked(method: Method, lineage: Lineage, **options: Any) -> Outcome:
 
 
 def _routed(method: Method, lineage: Lineage, **options: Any) -> Outcome:
-    """The merged model with routed experts, once with each task's head: routing itself is told no task."""
-    routing: ESMPP = method.factory(**options)
-    gramians = lineage.statistics(routing.statistic)
+    """The merged model, or the base, with routed experts, once with each task's head: routing itself is told no task."""
+    routing: ESMPP | SMILE = method.factory(**options)
+    own = [{n: v for n, v in e.items() if not skipped(n, lineage.head)} for e in lineage.experts.values()]
+    experts, state, gramians = dict(zip(lineage.experts, own, strict=True)), lineage.base, []
+    if isinstance(routing, ESMPP):
+        gramians = lineage.statistics(routing.statistic)
+        state = merge(
+            lineage.base, lineage.experts, routing.static, skip=lineage.head, statistics=gramians, seed=lineage.seed
+        )
     shared = [{n: S for n, S in found.items() if not skipped(n, lineage.head)} for found in gramians]
-    state = merge(
-        lineage.base, lineage.experts, routing.static, skip=lineage.head, statistics=gramians, seed=lineage.seed
-    )
-    return {task: routing.route(lineage.model(task, state), lineage.experts, shared) for task in lineage.experts}
+    return {task: routing.route(lineage.model(task, state), experts, shared) for task in lineage.experts}
