@@ -171,6 +171,10 @@ def hundred(kind: str) -> np.ndarray:
         G[50:] = G[:50]
     if kind == "opposed pairs":
         G[50:] = -G[:50] * rng.uniform(0.5, 2, (50, 1))
+    if kind == "decaying spectrum":
+        G /= np.arange(1, dimensions + 1) ** 2
+    if kind == "clusters":
+        G = G[rng.integers(0, 5, 100)] + 0.1 * G
     if kind == "two camps":
         G += rng.choice([-1.0, 1.0], (100, 1)) * rng.standard_normal(dimensions)
     return G
@@ -191,6 +195,8 @@ class TestManyProblems:
             "one dimension",
             "square",
             "hardly a direction",
+            "decaying spectrum",
+            "clusters",
             "two camps",
         ],
     )
@@ -235,8 +241,13 @@ class TestManyProblems:
     def test_the_modulus_method_finds_most_free_sets(self):
         G = hundred("square")
         M = correlation(G @ G.T)[0]
-        V = settle(M, M, pull_of(M))
-        assert ((V > 0) != (nonnegative_qp(M, M) > 0)).any(1).mean() <= 0.2
+        Z = nonnegative_qp(M, M)
+        for pull in (pull_of(M), 0.3 * pull_of(M)):
+            V, settled = settle(M, M, pull, 10)
+            assert settled
+            assert ((V > 0) != (Z > 0)).any(1).mean() <= 0.2
+            z, slack = np.maximum(V, 0.0), np.maximum(-V, 0.0)
+            assert np.abs(z @ M + M - slack).max() <= 0.02
 
 
 KINDS_OF_MANY = ["wide", "square", "thin", "few", "rank one", "duplicates", "opposed pairs", "spread", "two camps"]

@@ -14,10 +14,11 @@ Places = npt.NDArray[np.intp]
 RELATIVE_TOLERANCE = 1e-12
 FEW = 20  # coordinates up to which an elimination costs less than a good first guess
 MANY = 60  # rows from which products with all of them at once cost less than eliminations,
-SMALL = 28  # unless so few coordinates are free,
+SMALL = 28  # unless so few coordinates are free, with which eliminations cost little,
 FIRM = 0.6  # or so low a pull says that it would take many products
 COMMON = 0.6  # share of rows in which a coordinate is free from which it is exchanged for all at first
 INDEPENDENT = 1e-3  # what such a coordinate adds to those that are free more often
+FIRST_LOOKS, LOOKS = 4, 12
 TURNS, WEAKER = 6, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
 SETTLED_ROUNDS = 2
 PIVOT_ROUNDS = 60
@@ -64,9 +65,12 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
 def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
     """Guess by the modulus method, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
     pull = pull_of(M)
-    V = settle(M, Q, pull)
+    V, settled = settle(M, Q, pull, FIRST_LOOKS)
+    rounds = SETTLED_ROUNDS if (V > 0).sum(1).mean() > SMALL else PIVOT_ROUNDS
+    if not settled and rounds == SETTLED_ROUNDS:
+        V, _ = settle(M, Q, pull, LOOKS, V)
     Z, free, rows = np.zeros_like(Q), V > 0, np.arange(len(Q))
-    if len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
+    if settled and len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
         Z, free, open_ = refine(M, Q, V * np.abs(Q).max(1, keepdims=True), free)
         rows, V = rows[open_], V[open_]
         if not len(rows):
@@ -79,9 +83,9 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
     for turn in range(TURNS):
         if turn:
             pull /= WEAKER
-            V = settle(M, Q[rows], pull, np.where(V < 0, np.float32(WEAKER) * V, V))
+            V, _ = settle(M, Q[rows], pull, LOOKS, V)
             free[rows] = V > 0
-        v, exchanged, resisting = _pivot(T, R[rows], free[rows] ^ common, SETTLED_ROUNDS)
+        v, exchanged, resisting = _pivot(T, R[rows], free[rows] ^ common, rounds)
         free[rows] = exchanged ^ common
         Z[rows] = np.where(common, v @ T.T + R[rows], v) * free[rows]
         rows, V = rows[resisting], V[resisting]

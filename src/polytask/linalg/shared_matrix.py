@@ -15,21 +15,21 @@ FINE = 1e-4  # how far conjugate gradients lower residuals
 SWEEPS = 3
 MOST_STEPS = 25
 LEAST_PULL = 0.05
-LOOKS, BETWEEN_LOOKS = 12, 8  # how often it is seen whether they still change free sets
-SETTLED = 0.1  # share of rows whose free sets may still change when finer methods take over
+BETWEEN_LOOKS = 8  # steps until it is seen again whether free sets still change
+SETTLED = 0.1  # share of rows in which they may
 TINY = float(np.finfo(np.float32).tiny)
 
 
 def pull_of(M: Matrix) -> float:
-    r"""The penalty with which :func:`settle` is fastest: :math:`\sqrt{\lambda_{\min} \lambda_{\max}}` of the free coordinates.
+    r"""The pull with which :func:`settle` is fastest for random vectors: :math:`\sqrt{\lambda_{\min} \lambda_{\max}}` of free coordinates.
 
-    Those of a random half of n vectors in P dimensions have :math:`\lambda = (1 \pm \sqrt{n / 2P})^2`, and the eigenvalues of all have
-    the variance n / P.
+    Those of a half of n vectors in P dimensions have :math:`\lambda = (1 \pm \sqrt{n / 2P})^2`, and the eigenvalues of all have the
+    variance n / P.
     """
     return max(1 - (float(np.square(M).sum()) / len(M) - 1) / 2, LEAST_PULL)
 
 
-def settle(M: Matrix, Q: Matrix, pull: float, V: Single | None = None) -> Single:
+def settle(M: Matrix, Q: Matrix, pull: float, looks: int, V: Single | None = None) -> tuple[Single, bool]:
     r"""About the z of :func:`nonnegative_qp` for every row q of Q at once, by the modulus method.
 
     With :math:`z = v_+` and the slack :math:`-\rho v_-`, complementary whatever v is, :math:`Mz + q` is the slack where
@@ -43,25 +43,29 @@ def settle(M: Matrix, Q: Matrix, pull: float, V: Single | None = None) -> Single
         M: positive definite with entries of order 1, shape (n, n).
         Q: one linear term a row, shape (problems, n).
         pull: :math:`\rho`.
+        looks: how often at most it is seen whether free sets still change.
         V: where to go on from.
 
     Returns:
-        V, shape (problems, n), over the row's largest number. Cost: 8 to 96 products of all rows with a matrix, in single precision.
+        z less the slack, over the row's largest number, shape (problems, n), and whether free sets have settled. Cost: 8 products of all
+        rows with a matrix a look, in single precision.
 
     Source: van Bokhoven, Piecewise-Linear Modelling and Analysis (1981); it is Peaceman and Rachford's alternation of directions.
     """
     twice = 2 * np.linalg.inv(M + pull * np.eye(len(M)))
     size = np.maximum(np.abs(Q).max(1, keepdims=True), TINY)
     fixed, N = (Q / size @ -twice).astype(np.float32), (pull * twice - np.eye(len(M))).astype(np.float32)
-    V = fixed if V is None else V
-    for _ in range(LOOKS):
-        before = V > 0
+    v = fixed if V is None else np.where(V < 0, V / np.float32(pull), V)
+    settled = False
+    for _ in range(looks):
+        before = v > 0
         for _ in range(BETWEEN_LOOKS):
-            V = np.abs(V) @ N
-            V += fixed
-        if (before != (V > 0)).any(1).mean() < SETTLED:
+            v = np.abs(v) @ N
+            v += fixed
+        settled = bool((before != (v > 0)).any(1).mean() < SETTLED)
+        if settled:
             break
-    return V
+    return np.where(v < 0, np.float32(pull) * v, v), settled
 
 
 def refine(M: Matrix, Q: Matrix, Z: Matrix, free: Mask) -> tuple[Matrix, Mask, Mask]:
