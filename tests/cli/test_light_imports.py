@@ -103,7 +103,7 @@ def check_light(found: set[str]) -> None:
 def test_a_plan_of_a_merge_loads_its_method_and_not_pytorch(method: str, folder: Path) -> None:
     models = ["base.safetensors", "one.safetensors", "two.safetensors"]
     proxy = ["--proxy", "proxy.safetensors"] if registry.find(method).needs == "statistics" else []
-    whose = ["--set", "expert=two"] if method in ("emr", "tall", "bitdelta") else []
+    whose = ["--set", "expert=two"] if method in ("emr", "tall", "bitdelta", "randes") else []
     found = plan_of(folder, *models, "--method", method, *proxy, *whose)
     assert f"polytask.merging.{method}" in found
     check_light(found)

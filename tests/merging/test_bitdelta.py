@@ -118,7 +118,7 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     base, experts = family(2)
-    with pytest.raises(InputError, match="keeps bits of each expert: say whose model is wanted"):
+    with pytest.raises(InputError, match="keeps experts apart: say whose model is wanted"):
         merge(base, experts, "bitdelta")
     with pytest.raises(InputError, match="there is no expert 2 among 2"):
         merge(base, experts, "bitdelta", expert=2)

@@ -156,12 +156,13 @@ def test_candidates_of_every_form(tmp_path: Path, how: str) -> None:
 
 def test_systems_join(tmp_path: Path) -> None:
     """Packed masks give orthogonal experts back; routed experts add what the merged model lacks of each."""
-    asked = [candidate(n, experts=T) for n in ("emr", "tall", "esm_pp", "smile", "bitdelta")]
+    asked = [candidate(n, experts=T) for n in ("emr", "tall", "esm_pp", "smile", "bitdelta", "randes")]
     asked.append(candidate("adamerging", experts=T, options={"steps": 3, "start": [0.3, 0.8]}))
     found = by_name(compare(tasks(), lineage(), asked, folder=tmp_path))
-    assert {n: found[n]["role"] for n in ("emr", "bitdelta", "esm_pp", "smile", "adamerging")} == {
+    assert {n: found[n]["role"] for n in ("emr", "bitdelta", "randes", "esm_pp", "smile", "adamerging")} == {
         "emr": "a mask for each task",
         "bitdelta": "a mask for each task",
+        "randes": "a mask for each task",
         "esm_pp": "routed experts",
         "smile": "routed experts",
         "adamerging": "method",

@@ -1,8 +1,8 @@
 """Bits of each expert beside one base: models that are unpacked task by task.
 
 A merged model serves all tasks at once and pays for it; an expert each costs T models. Between them lie a single task vector of which
-every expert switches on its own entries, T bits a parameter beside two models, and the signs of each expert's own task vector, T bits
-beside one.
+every expert switches on its own entries, T bits a parameter beside two models; the signs of each expert's own task vector, T bits beside
+one; and a sum that experts come out of by signs of their own, two models whatever T.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polytask.errors import InputError, StorageError
+from polytask.merging.base import Place
 from polytask.merging.bitdelta import BitDelta, signed, size
 from polytask.merging.checkpoint import open_checkpoint
 from polytask.merging.engine import check_finite
 from polytask.merging.in_memory import State, make, specs
 from polytask.merging.masking import KeptApart, Masking
 from polytask.merging.matching import compute_dtype, dtype_name, match, torch_dtype
+from polytask.merging.randes import RanDeS, signs
 
 FILES = ("model.safetensors", "unified.safetensors", "masks.safetensors")
 ABOUT = "masks.json"
@@ -45,6 +47,8 @@ class MaskedExperts:
         factors: for each expert, what its part of the common task vector is multiplied by.
         sizes: for each expert, of tensors without a common task vector, how far every entry moves to the side that its bit says.
         kept: for each expert, the tensors that were not packed, such as its head.
+        drawn: the common task vectors whose columns are multiplied by signs that are drawn for each expert.
+        seed: of those draws.
     """
 
     base: dict[str, Tensor]
@@ -53,9 +57,13 @@ class MaskedExperts:
     factors: dict[str, float]
     sizes: dict[str, dict[str, float]]
     kept: dict[str, dict[str, Tensor]]
+    drawn: tuple[str, ...] = ()
+    seed: int = 0
 
     def expert(self, name: str) -> dict[str, Tensor]:
-        r"""The state dict of one expert: :math:`W_0 + \lambda_t\, m_t \odot \tau`, or :math:`W_0 + \alpha_t (2 m_t - 1)`.
+        r"""The state dict of one expert.
+
+        .. math:: W_0 + \lambda_t\, m_t \odot \tau, \qquad W_0 + \alpha_t (2 m_t - 1), \qquad \text{or} \qquad W_0 + \lambda\, \tau C_t
 
         Raises:
             InputError: there is no expert of that name.
@@ -64,7 +72,11 @@ class MaskedExperts:
             raise InputError(f"there is no expert {name!r} here; there are {', '.join(self.masks)}")
         state = {n: v.clone() for n, v in self.base.items()}
         for n, tau in self.unified.items():
-            part = tau * _unpacked(self.masks[name][n], tau.shape)
+            part = tau
+            if n in self.masks[name]:
+                part = tau * _unpacked(self.masks[name][n], tau.shape)
+            elif n in self.drawn:
+                part = tau * signs(Place(n, self.seed), list(self.masks).index(name), tau)
             state[n] = (state[n].to(tau.dtype) + self.factors[name] * part).to(state[n].dtype)
         for n, alpha in self.sizes[name].items():
             to = torch.promote_types(state[n].dtype, torch.float32)
@@ -98,6 +110,7 @@ class MaskedExperts:
                 save_file({n: v.detach().cpu().contiguous().clone() for n, v in tensors.items()}, work / file)
             about = {"format": FORMAT, "experts": names}
             about |= {"factors": [self.factors[e] for e in names], "sizes": [self.sizes[e] for e in names]}
+            about |= {"drawn": list(self.drawn), "seed": self.seed}
             (work / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
             os.replace(work, folder)
         except OSError as error:
@@ -117,6 +130,7 @@ class MaskedExperts:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             names, factors = list(about["experts"]), [float(f) for f in about["factors"]]
             sizes = [{n: float(a) for n, a in own.items()} for own in about["sizes"]]
+            drawn, seed = tuple(about["drawn"]), int(about["seed"])
             known = about["format"] == FORMAT and len(names) == len(factors) == len(sizes)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             known = False
@@ -130,9 +144,8 @@ class MaskedExperts:
             position, _, n = key.partition("/")
             apart = n.startswith("kept/")
             (kept if apart else masks)[names[int(position)]][n.removeprefix("kept/") if apart else n] = value
-        return cls(
-            base, unified, masks, dict(zip(names, factors, strict=True)), dict(zip(names, sizes, strict=True)), kept
-        )
+        by_name = dict(zip(names, factors, strict=True)), dict(zip(names, sizes, strict=True))
+        return cls(base, unified, masks, *by_name, kept, drawn, seed)
 
 
 @torch.no_grad()
@@ -142,15 +155,17 @@ def pack(
     method: str = "emr",
     *,
     skip: Sequence[str] = (),
+    seed: int = 0,
     **options: Any,
 ) -> MaskedExperts:
-    """Pack fine-tuned models of one base into one task vector and a mask each, or into the signs of each one's own task vector.
+    """Pack fine-tuned models of one base into one task vector and a mask each, into the signs of each one's own, or into a sum alone.
 
     Args:
         base: the state dict that the experts were fine-tuned from.
         experts: their state dicts, by name or in a sequence.
-        method: ``emr``, ``tall`` or ``bitdelta``.
+        method: ``emr``, ``tall``, ``bitdelta`` or ``randes``.
         skip: patterns of tensors that stay as each expert has them, such as ``"head.*"``.
+        seed: of random draws.
         options: the method's own.
 
     Raises:
@@ -180,6 +195,9 @@ def pack(
             unified[n], chosen = masking.unify(D)
             own += D.abs().reshape(len(D), -1).sum(1, dtype=torch.float64)
             part += (chosen * unified[n].abs()).reshape(len(D), -1).sum(1, dtype=torch.float64)
+        elif isinstance(masking, RanDeS):
+            unified[n] = masking.superposed(D, Place(n, seed))
+            continue
         elif isinstance(masking, BitDelta) and masking.takes(n, W0.ndim):
             chosen = D >= 0
             for e, tau in zip(named, D, strict=True):
@@ -189,14 +207,17 @@ def pack(
         for e, mask in zip(named, chosen, strict=True):
             masks[e][n] = _packed(mask)
     rescaled = isinstance(masking, Masking) and masking.rescaled
-    factors = torch.where(part > 0, own / part, 1.0) if rescaled else torch.ones_like(own)
+    factors = torch.where(part > 0, own / part, 1.0) if rescaled else torch.full_like(own, masking.scale)
+    apart = {*unified, *next(iter(masks.values()))}
     return MaskedExperts(
         {n: v.detach().clone() for n, v in base.items()},
         unified,
         masks,
         dict(zip(named, factors.tolist(), strict=True)),
         sizes,
-        {e: {n: v.detach().clone() for n, v in s.items() if n not in masks[e]} for e, s in named.items()},
+        {e: {n: v.detach().clone() for n, v in s.items() if n not in apart} for e, s in named.items()},
+        tuple(n for n, tau in unified.items() if isinstance(masking, RanDeS) and masking.takes(n, tau.ndim)),
+        seed,
     )
 
 

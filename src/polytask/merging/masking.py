@@ -30,7 +30,7 @@ class KeptApart(TaskVectorMerger):
         super().check_experts(count)
         if self.expert is None:
             raise InputError(
-                f"{self.method.name} keeps bits of each expert: say whose model is wanted, expert=NAME; polytask.merging.pack keeps all"
+                f"{self.method.name} keeps experts apart: say whose model is wanted, expert=NAME; polytask.merging.pack keeps all"
             )
         if not isinstance(self.expert, int) or not 0 <= self.expert < count:
             raise InputError(f"there is no expert {self.expert!r} among {count}")

@@ -25,12 +25,16 @@ FROM_LABELS = ("frank_wolfe",)
 STRIDES = (0.03, 0.3, 1.0)
 """From the authors' stride to Frank and Wolfe's own."""
 
+SCALES = (0.5, 0.25, 1.0)
+"""Of what experts have in common, for methods that keep them apart and have a scale."""
+
 
 def system(method: Method, options: Mapping[str, Any], label: str = "", *, experts: int = 0) -> Candidate:
     """A registered method that runs the model, or gives more than one model of the base's size, as a candidate.
 
     These methods fit themselves: only where they start from is searched by itself, at the papers' 0.3 of all task vectors and at their
-    mean, and how far they may walk. They learn from all inputs there are, and from labels where their papers do or options say so.
+    mean, how far they may walk, and the scale of a sum that experts come out of. They learn from all inputs there are, and from labels
+    where their papers do or options say so.
 
     Args:
         method: from the registry.
@@ -48,7 +52,12 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
     fixed = {n: v for n, v in options.items() if n not in axes}
     if experts:
-        tried = {"start": (method.options.get("start"), round(1 / experts, 4)), "stride": STRIDES}
+        tried: dict[str, tuple[Any, ...]] = {
+            "start": (method.options.get("start"), round(1 / experts, 4)),
+            "stride": STRIDES,
+        }
+        if issubclass(method.factory, KeptApart):  # type: ignore[arg-type]
+            tried["scale"] = SCALES
         axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
     if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
@@ -125,7 +134,7 @@ def _adapted(method: Method, lineage: Lineage, **options: Any) -> Outcome:
 
 
 def _masked(method: Method, lineage: Lineage, **options: Any) -> Outcome:
-    packed = pack(lineage.base, lineage.experts, method.name, skip=lineage.head, **options)
+    packed = pack(lineage.base, lineage.experts, method.name, skip=lineage.head, seed=lineage.seed, **options)
     return {task: packed.expert(task) for task in lineage.experts}
 
 
