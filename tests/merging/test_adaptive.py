@@ -18,7 +18,11 @@ from .conftest import distance
 
 State = dict[str, Tensor]
 ADAPTIVE = {m.name: m for m in methods("merging") if issubclass(m.factory, Adaptive)}
-QUICK: dict[str, dict[str, object]] = {"adamerging": {"steps": 60, "learning_rate": 0.02}, "adarank": {"steps": 30}}
+QUICK: dict[str, dict[str, object]] = {
+    "adamerging": {"steps": 60, "learning_rate": 0.02},
+    "adarank": {"steps": 30},
+    "concrete": {"steps": 20},
+}
 
 
 def net(seed: int = 0) -> nn.Sequential:

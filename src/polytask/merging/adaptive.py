@@ -39,6 +39,7 @@ class Bench:
         apart: for each expert, the tensors that are not merged, such as its head.
         batches: for each expert, its task's inputs, or pairs of inputs and labels where the method takes labels.
         labelled: whether they are such pairs.
+        seed: of random draws.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Bench:
     apart: dict[str, dict[str, Tensor]]
     batches: dict[str, list[Any]]
     labelled: bool = False
+    seed: int = 0
     _turns: dict[str, Iterator[Any]] = field(default_factory=dict)
 
     def next_batch(self, expert: str) -> Any:
@@ -168,11 +170,11 @@ def adapt(
         experts: their state dicts, by name.
         batches: {expert: inputs of its task}; a tuple is unpacked into positional arguments, a dict into named ones. Methods with labels
             take pairs of inputs and labels instead.
-        method: ``adamerging``, ``adarank``, ``frank_wolfe`` or ``regmean_pp``.
+        method: ``adamerging``, ``adarank``, ``concrete``, ``frank_wolfe`` or ``regmean_pp``.
         skip: patterns of tensors that are not merged, such as ``"head.*"``: each task is run with its expert's own.
         filters: of task vectors, applied before, such as ``"trim"``.
         dtype: of the merged tensors; the base's when omitted.
-        seed: of random draws in filters.
+        seed: of random draws in filters and methods.
         check: compare the result's answers with the experts', filtered ones where there are filters; takes a few forward passes.
         options: the method's own.
 
@@ -271,4 +273,4 @@ def _bench(
         e: {n: v.detach().clone() for n, v in s.items() if n not in W0 and n not in tied} for e, s in experts.items()
     }
     clean = deepcopy(model).cpu().eval().requires_grad_(False)
-    return Bench(clean, W0, D, apart, {e: list(of_each[e]) for e in experts})
+    return Bench(clean, W0, D, apart, {e: list(of_each[e]) for e in experts}, seed=seed)

@@ -26,6 +26,7 @@ MAIN: dict[str, tuple[float, ...]] = {
     "threshold": (0.2, 0.4, 0.6, 0.8),
     "regmean.alpha": (0.1, 0.5, 0.7, 0.9, 0.95, 1.0),
     "opcm.alpha": (0.3, 0.5, 0.7, 0.9),
+    "doge.eta": (0.07, 0.2, 0.6, 2.0),
     "quantile": (0.8, 0.9, 0.97, 0.99),
 }
 """The option beside the scale that a method is tuned by (of one method alone: with its name), and values for it."""
