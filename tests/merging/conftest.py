@@ -65,7 +65,7 @@ def some_statistics(method: Method, expert: int) -> State:
 
 
 def experts_for(method: Method) -> int:
-    return 2 if method.family == "merging" and method.factory.most == 2 else 3
+    return min(3, method.factory.most or 3) if method.family == "merging" else 3
 
 
 def distance(a: State, b: State) -> float:

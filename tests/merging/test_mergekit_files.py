@@ -139,7 +139,7 @@ def test_one_model_s_tokenizer(models: dict[str, State], tmp_path: Path) -> None
         ("models: [{model: base}]\nbase_model: base\nmerge_method: ties\n", "no model but the base"),
         (TWO + "merge_method: linear\nskip: {a: 1}\n", "skip in .* is a list of texts"),
         (TWO + "merge_method: linear\ntokenizer: {source: union, tokens: {}}\n", "only one model's can be taken"),
-        (TWO + "merge_method: emr\n", "emr keeps a mask for each expert: say whose"),
+        (TWO + "merge_method: emr\n", "emr keeps experts apart: say whose"),
     ],
 )
 def test_what_cannot_be_meant(models: dict[str, State], tmp_path: Path, text: str, said: str) -> None:

@@ -158,7 +158,7 @@ def test_a_file_says_how_to_merge(models: dict[str, State], tmp_path: Path, more
     ("text", "said"),
     [
         ("merge_method: [ties]\nmodels: [{model: one.safetensors}]", "a method is given by its name"),
-        ("merge_method: ties\nslices: [3]", "only one, of all layers"),
+        ("merge_method: ties\nslices: [3]", "are not a list of slices"),
         ("merge_method: average\nmodels: [{model: one.safetensors}]\nseed: abc", "the seed in .* is a whole number"),
         (
             "merge_method: linear\nmodels: [{model: one.safetensors, parameters: {weight: [{filter: a}]}}]",

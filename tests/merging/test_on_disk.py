@@ -302,10 +302,10 @@ def test_gradients_over_layers() -> None:
             "merge_method: average\ntokenizer_source: union\nmodels: [{model: one.safetensors}]",
             "union of the tokenizers",
         ),
-        ("merge_method: average\nslices: [{sources: []}, {sources: []}]", "several slices of layers"),
+        ("merge_method: average\nslices: [{sources: []}, {sources: []}]", "names no model"),
         (
             "merge_method: average\nslices: [{sources: [{model: one.safetensors, layer_range: [0, 3]}]}]",
-            "only whole models",
+            "bad.yml takes layers [0, 3] of one.safetensors, which has 0",
         ),
         (
             "merge_method: linear\nmodels: [{model: one.safetensors, parameters: {weight: 1}}, {model: two.safetensors}]",

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
+from polytask.merging.checkpoint import Checkpoint
 from polytask.merging.hub import on_hub
 from polytask.merging.in_memory import merging_method
 from polytask.merging.on_disk import MergePlan, plan_of
 from polytask.merging.proxy import Proxy
+from polytask.merging.stacked import LAYER, Piece, Stack, StackedPlan, layers_of
 from polytask.registry import Method
 
 KNOWN = (
@@ -57,11 +57,14 @@ OF_METHODS = {
 WIDTHS = {"della": "epsilon", "della_linear": "epsilon"}
 """Options that are half as wide in mergekit: it says +- epsilon, the paper says the whole range."""
 
-WITH_BASE = ("weighted", "karcher")
+WITH_BASE = ("weighted", "karcher", "passthrough")
 """Methods to which mergekit's ``base_model`` is one more model to be merged."""
 
+BY_MODEL = ("weight", "density", "gamma", "epsilon", "scale")
+"""Parameters that may differ between models."""
+
 ENTRY = {"models": ("model", "parameters"), "sources": ("model", "parameters", "layer_range")}
-LAYER = re.compile(r"^(.*?\.)?(\d+)\.")
+SLICE = ("parameters", "base_model")
 
 
 def read_config(file: Path, proxy: Proxy | None = None, *, headers_only: bool = False) -> MergePlan:
@@ -94,10 +97,14 @@ def read_config(file: Path, proxy: Proxy | None = None, *, headers_only: bool = 
 
 def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None, headers_only: bool) -> MergePlan:
     method = merging_method(said["merge_method"])
-    listed = _models(said, file)
-    base = said.get("base_model")
-    places = [_place(m["model"], file) for m in listed]
+    slices = _slices(said, file)
+    base = slices[0].get("base_model", said.get("base_model"))
     base_place = None if base is None else _place(base, file)
+    models = _Opened(base_place, headers_only)
+    if len(slices) > 1 or any("layer_range" in m and not _is_whole(m, models, file) for m in slices[0]["sources"]):
+        return _stacked(method, said, slices, models, file, proxy)
+    listed = slices[0]["sources"]
+    places = [_place(m["model"], file) for m in listed]
     chosen = [
         (p, m) for p, m in zip(places, listed, strict=True) if base_place is None or p.resolve() != base_place.resolve()
     ]
@@ -107,26 +114,113 @@ def _plan(said: Mapping[str, Any], file: Path, proxy: Proxy | None, headers_only
     experts = [p for p, _ in chosen]
     if not experts:
         raise InputError(f"{file} lists no model but the base: there is nothing to merge")
-    layers = _layers(open_expert(base_place or experts[0], None, headers_only=headers_only).specs)
-    _check_slices(said, layers, file)
+    layers = layers_of(models[base_place or experts[0]].specs)
     settings = [_parameters(m, file) for _, m in chosen]
-    common = [_parameters(s, file) for s in ((said.get("slices") or [{}])[0], said)]
-    parameters = {n for s in (*settings, *common) for n in s} - set(WITHOUT_MEANING)
+    common = [_parameters(s, file) for s in (slices[0], said)]
     fixed = {"around_base": True} if base is not None and "around_base" in method.options else {}
-    options = partial(_options, method, parameters, settings, common, fixed, layers, file)
+
+    def options(name: str) -> dict[str, Any]:
+        sources = [(name, s) for s in settings]
+        return _options(method, name, sources, common, depth_of(name, layers), file) | fixed
+
     return plan_of(method.name)(
         experts,
         None if method.name in WITH_BASE else base_place,
         method.name,
         options,
-        _several(said, "filters", file),
-        _several(said, "skip", file),
-        said.get("out_dtype") or said.get("dtype"),
-        _seed(said, file),
-        _tokenizer(said, file),
         proxy=proxy,
         headers_only=headers_only,
+        **_of_all(said, file),
     )
+
+
+def _of_all(said: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """What a file says of the whole merge."""
+    return {
+        "filters": _several(said, "filters", file),
+        "skip": _several(said, "skip", file),
+        "dtype": said.get("out_dtype") or said.get("dtype"),
+        "seed": _seed(said, file),
+        "tokenizer": _tokenizer(said, file),
+    }
+
+
+def _stacked(
+    method: Method,
+    said: Mapping[str, Any],
+    slices: Sequence[Mapping[str, Any]],
+    models: _Opened,
+    file: Path,
+    proxy: Proxy | None,
+) -> StackedPlan:
+    """A plan of a model whose layers are put together from slices."""
+    if method.needs in ("statistics", "inputs") or proxy is not None:
+        raise InputError(f"{method.name} looks at data with whole models: {file} takes their layers apart")
+    pieces, settings = [], []
+    for s in slices:
+        entries = [(_place(m["model"], file), _range(m, models, file), _parameters(m, file)) for m in s["sources"]]
+        base = s.get("base_model", said.get("base_model"))
+        centre = None if base is None or method.name in WITH_BASE else _place(base, file)
+        lengths = sorted({stop - start for _, (start, stop), _ in entries})
+        if len(lengths) > 1:
+            raise InputError(f"a slice of {file} takes {lengths[0]} layers of one model and {lengths[1]} of another")
+        if centre is not None:
+            # a base that the slice does not name has the range of the first model
+            unnamed = {"model": base, "layer_range": list(entries[0][1])}
+            named = [e for e in entries if e[0].resolve() == centre.resolve()]
+            others = [e for e in entries if e[0].resolve() != centre.resolve()]
+            entries = [*(named[:1] or [(centre, _range(unnamed, models, file), {})]), *others]
+        where, ranges, own = zip(*entries, strict=True)
+        pieces.append(Piece(where, tuple(start for start, _ in ranges), lengths[0], centre is not None))
+        settings.append((own[centre is not None :], [_parameters(s, file), _parameters(said, file)]))
+    given = said.get("base_model")
+    donor = pieces[0].models[0] if given is None else _place(given, file)
+    stack = Stack(pieces, {p: models[p] for p in (donor, *(m for piece in pieces for m in piece.models))}, donor)
+
+    def options(name: str) -> dict[str, Any]:
+        origin = stack.origins[name]
+        own, common = settings[origin.piece]
+        names = [n for _, n in origin.sources[origin.has_base :]]
+        found = _options(method, name, list(zip(names, own, strict=True)), common, origin.t, file)
+        return found | ({"around_base": True} if origin.has_base and "around_base" in method.options else {})
+
+    experts = list(stack.models)
+    return StackedPlan(experts, None, method.name, options, stack=stack, **_of_all(said, file))
+
+
+class _Opened(dict[Path, Checkpoint]):
+    """Models that a file names, opened when they are asked for."""
+
+    def __init__(self, base: Path | None, headers_only: bool) -> None:
+        super().__init__()
+        self.base, self.headers_only = base, headers_only
+
+    def __missing__(self, place: Path) -> Checkpoint:
+        base = None if self.base in (None, place) else self[self.base]  # type: ignore[index]
+        self[place] = open_expert(place, base, headers_only=self.headers_only)
+        return self[place]
+
+
+def _is_whole(source: Mapping[str, Any], models: _Opened, file: Path) -> bool:
+    deepest = max(layers_of(models[_place(source["model"], file)].specs).values(), default=0)
+    return bool(source["layer_range"] == [0, deepest])
+
+
+def _range(source: Mapping[str, Any], models: _Opened, file: Path) -> tuple[int, int]:
+    """The layers of a model that a slice takes, from the first to the one after the last."""
+    found = source.get("layer_range")
+    if not isinstance(found, list) or len(found) != 2 or not all(type(n) is int for n in found):
+        raise InputError(
+            f"{file} takes layers {found} of {source['model']}: of each model a slice takes a layer_range, [FIRST, END]"
+        )
+    start, stop = found
+    depth = max(layers_of(models[_place(source["model"], file)].specs).values(), default=0)
+    if not 0 <= start < stop <= depth:
+        raise InputError(
+            f"{file} takes layers {found} of {source['model']}, which has {depth}: a layer_range is written [FIRST, END], from 0 on and "
+            "without the END itself"
+        )
+    return start, stop
 
 
 def _entry_of(base: Path, places: Sequence[Path], listed: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -173,37 +267,31 @@ def _tokenizer(said: Mapping[str, Any], file: Path) -> Path | None:
     return None if source in (None, "base") else _place(source, file)
 
 
-def _models(said: Mapping[str, Any], file: Path) -> list[Mapping[str, Any]]:
+def _slices(said: Mapping[str, Any], file: Path) -> list[Mapping[str, Any]]:
+    """The slices that a file names; models that are merged whole are the sources of one."""
     slices = said.get("slices")
     if (slices is None) == (said.get("models") is None):
         raise InputError(f"{file} names either models or slices")
-    whole = isinstance(slices, list) and len(slices) == 1 and isinstance(slices[0], dict) and "sources" in slices[0]
-    if slices is not None and not whole:
-        raise InputError(f"{file} puts several slices of layers together: only one, of all layers, can be merged")
     where = "models" if slices is None else "sources"
-    listed = said["models"] if slices is None else slices[0]["sources"]
-    if not isinstance(listed, list):
-        raise InputError(f"{where} in {file} are not a list of models")
-    wrong = [m for m in listed if not isinstance(m, dict) or not isinstance(m.get("model"), str)]
-    if wrong:
-        raise InputError(f"an entry of {file} names no model: {wrong[0]!r}")
-    for m in [*listed, *({k: v for k, v in s.items() if k != "sources"} for s in slices or ())]:
-        known = (*ENTRY[where], *(("base_model",) if "model" not in m else ()))
-        unknown = [k for k in m if k not in known]
-        if unknown:
-            raise InputError(
-                f"{file} says {unknown[0]!r} of a model, not among its parameters: known are {', '.join(known)}"
-            )
-    return list(listed)
-
-
-def _check_slices(said: Mapping[str, Any], layers: Mapping[str, int], file: Path) -> None:
-    deepest = max(layers.values(), default=0)
-    for source in (said["slices"][0]["sources"]) if said.get("slices") else ():
-        if "layer_range" in source and list(source["layer_range"]) != [0, deepest]:
-            raise InputError(
-                f"{file} takes layers {source['layer_range']} of {source['model']}, which has {deepest}: only whole models merge"
-            )
+    if slices is None:
+        slices = [{"sources": said["models"]}]
+    if not isinstance(slices, list) or not slices or not all(isinstance(s, dict) for s in slices):
+        raise InputError(f"slices in {file} are not a list of slices, each with its sources")
+    for s in slices:
+        listed = s.get("sources")
+        if not isinstance(listed, list):
+            raise InputError(f"{where} in {file} are not a list of models")
+        wrong = [m for m in listed if not isinstance(m, dict) or not isinstance(m.get("model"), str)]
+        if wrong or (not listed and where == "sources"):
+            raise InputError(f"an entry of {file} names no model: {wrong[0] if wrong else s!r}")
+        of_slice = {k: v for k, v in s.items() if k != "sources"}
+        for m, known in (*((m, ENTRY[where]) for m in listed), (of_slice, SLICE)):
+            unknown = [k for k in m if k not in known]
+            if unknown:
+                raise InputError(
+                    f"{file} says {unknown[0]!r} of a model, not among its parameters: known are {', '.join(known)}"
+                )
+    return slices
 
 
 def _place(name: str, file: Path) -> Path:
@@ -217,16 +305,6 @@ def _place(name: str, file: Path) -> Path:
     if not place.exists() and not on_hub(Path(name)):
         raise StorageError(f"there is no model at {place}, which {file} names")
     return place if place.exists() else Path(name)
-
-
-def _layers(names: Any) -> dict[str, int]:
-    """How many layers each stack has, by what stands before the layer's number in the names."""
-    depth: dict[str, int] = {}
-    for name in names:
-        found = LAYER.match(name)
-        if found:
-            depth[found[1] or ""] = max(depth.get(found[1] or "", 0), int(found[2]) + 1)
-    return depth
 
 
 def depth_of(name: str, layers: Mapping[str, int]) -> float:
@@ -269,26 +347,36 @@ def evaluate(setting: Any, name: str, t: float) -> Any:
 
 def _options(
     method: Method,
-    parameters: set[str],
-    settings: Sequence[Mapping[str, Any]],
-    common: Sequence[Mapping[str, Any]],
-    fixed: Mapping[str, Any],
-    layers: Mapping[str, int],
-    file: Path,
     name: str,
+    sources: Sequence[tuple[str, Mapping[str, Any]]],
+    common: Sequence[Mapping[str, Any]],
+    t: float,
+    file: Path,
 ) -> dict[str, Any]:
-    t = depth_of(name, layers)
+    """The method's options at a tensor.
+
+    Args:
+        method: it.
+        name: the tensor's.
+        sources: what each model calls the tensor, and the parameters that are given for that model.
+        common: parameters of the slice and of all.
+        t: where along the layers the tensor stands.
+        file: the configuration.
+    """
     defaults = {n: v for n, v in DEFAULTS.items() if n in method.options} | OF_METHODS.get(method.name, {})
-    options: dict[str, Any] = {**defaults, **fixed}
-    for said in sorted(parameters):
+    options: dict[str, Any] = dict(defaults)
+    for said in sorted({n for s in (*(own for _, own in sources), *common) for n in s} - set(WITHOUT_MEANING)):
         option = RENAMED.get(said, said)
         if option not in method.options:
             raise InputError(
                 f"{file} sets {said!r}, which {method.name} does not take; it takes {', '.join(method.options)}"
             )
-        found = [evaluate(s.get(said), name, t) for s in settings]
-        shared = next((v for c in common if (v := evaluate(c.get(said), name, t)) is not None), None)
-        values = [shared if v is None else v for v in found]
+        values = []
+        for own_name, own in sources:
+            # filters go by what the model calls the tensor, where the parameter may differ between models
+            known_as = own_name if said in BY_MODEL else name
+            found = (evaluate(s.get(said), known_as, t) for s in (own, *common))
+            values.append(next((v for v in found if v is not None), None))
         if all(v is None for v in values):
             continue
         if any(v is None for v in values) and option not in defaults:

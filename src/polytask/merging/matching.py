@@ -101,7 +101,7 @@ def match(
         _same_names(label, others, reference, specs, skip)
         for name, spec in specs.items():
             if name in others and not skipped(name, skip):
-                _same_spec(name, label, others[name], reference, spec, mixed_dtypes)
+                check_spec(name, label, others[name], reference, spec, mixed_dtypes)
     unmatched = [p for p in skip if not any(fnmatchcase(n, p) for _, m in models for n in m)]
     if unmatched:
         raise InputError(f"no tensor's name fits the skip pattern {unmatched[0]!r}")
@@ -133,7 +133,12 @@ def _same_names(label: str, found: Iterable[str], reference: str, wanted: Iterab
             )
 
 
-def _same_spec(name: str, label: str, spec: Spec, reference: str, wanted: Spec, mixed_dtypes: bool) -> None:
+def check_spec(name: str, label: str, spec: Spec, reference: str, wanted: Spec, mixed_dtypes: bool) -> None:
+    """Refuse a tensor that differs in shape, or in dtype, from one of another model.
+
+    Raises:
+        InputError: naming the tensor and both models.
+    """
     if spec.shape != wanted.shape:
         raise InputError(
             f"the tensor {name} has shape {list(spec.shape)} in {label} and {list(wanted.shape)} in {reference}: "

@@ -192,15 +192,33 @@ class MergePlan:
         for name in self.match.merged:
             size = self.specs[name].elements * ITEMSIZE[self._compute_dtype(name)]
             merger = self.engine.merger(name)
-            scratch = merger.scratch + len(self.experts) * merger.scratch_per_expert
-            needed = size * (len(self.models) + scratch)
+            experts = len(self.sources(name)) - self.has_base(name)
+            scratch = merger.scratch + experts * merger.scratch_per_expert
+            needed = size * (len(self.sources(name)) + scratch)
             if self.statistic == "gramian" and len(self.specs[name].shape) == 2:
                 needed += GRAMIANS * 8 * (self.specs[name].shape[1] + 1) ** 2
             peak = max(peak, needed)
         return round(peak)
 
     def _compute_dtype(self, name: str) -> str:
-        return compute_dtype(m.specs[name].dtype for m in self.models)
+        return compute_dtype(m.specs[n].dtype for m, n in self.sources(name))
+
+    def sources(self, name: str) -> Sequence[tuple[Checkpoint, str]]:
+        """The models that a tensor is merged from, the base first, and what each calls it."""
+        return [(m, name) for m in self.models]
+
+    def has_base(self, name: str) -> bool:  # noqa: ARG002
+        """Whether the first of a tensor's sources is the base."""
+        return self.base is not None
+
+    def taken(self, name: str) -> Tensor:
+        """A tensor that is not merged, as it is."""
+        return self.reference.read(name)
+
+    def configured(self, said: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of the result, given the reference's."""
+        key = "torch_dtype" if "torch_dtype" in said else "dtype"
+        return dict(said) if self.dtype is None else {**said, key: result_dtype(self.dtype)}
 
     def load(self, name: str) -> tuple[Tensor | None, Tensor]:
         """The base's tensor and the experts', one a row, in the dtype that is computed in.
@@ -209,13 +227,13 @@ class MergePlan:
             InputError: NaN in one of them.
         """
         shape, dtype = self.specs[name].shape or (1,), torch_dtype(self._compute_dtype(name))
-        experts = self.models[-len(self.experts) :]
-        W = torch.empty((len(experts), *shape), dtype=dtype)
-        W0 = torch.empty(shape, dtype=dtype) if self.base is not None else None
+        sources, has_base = self.sources(name), self.has_base(name)
+        W = torch.empty((len(sources) - has_base, *shape), dtype=dtype)
+        W0 = torch.empty(shape, dtype=dtype) if has_base else None
         rows = [*([W0] if W0 is not None else []), *W]
-        for row, m in zip(rows, self.models, strict=True):
-            m.read_into(name, row)
-            check_finite(row, name, str(m.path))
+        for row, (m, own) in zip(rows, sources, strict=True):
+            m.read_into(own, row)
+            check_finite(row, own, str(m.path))
         return W0, W
 
     def prepare(self, work: Path, told: Callable[[str], None]) -> None:
@@ -365,7 +383,7 @@ def _write_shards(
         if file not in finished:
             with Writer(work / file, specs) as writer:
                 for name, spec in specs.items():
-                    writer.add(name, _merged(plan, name, spec) if name in merging else plan.reference.read(name))
+                    writer.add(name, _merged(plan, name, spec) if name in merging else plan.taken(name))
                     if progress is not None:
                         progress(name)
             finished.append(file)
@@ -381,19 +399,28 @@ def _merged(plan: MergePlan, name: str, spec: Spec) -> Tensor:
 
 def _copy_companions(plan: MergePlan, work: Path) -> None:
     """The files that stand beside the weights of a transformers folder: configuration and tokenizer."""
-    own = plan.reference.path
-    source = own if (own / CONFIG).exists() else plan.models[0].path
+    own = plan.reference
+    # the files of an adapter's model lie where its base does
+    known = (own.path, plan.models[0].path, *(f.parent for f in own.files))
+    source = next((p for p in known if (p / CONFIG).exists()), own.path)
     tokenizer = source if plan.tokenizer is None else fetched(plan.tokenizer)
     for folder, wanted in ((source, False), (tokenizer, True)):
         for file in sorted(folder.iterdir()) if folder.is_dir() else ():
             if file.is_file() and _accompanies(file) and file.name.startswith(TOKENIZER) == wanted:
                 shutil.copyfile(file, work / file.name)
-    config = work / "config.json"
-    if config.exists() and plan.dtype is not None:
-        said = json.loads(config.read_text(encoding="utf-8"))
-        key = "torch_dtype" if "torch_dtype" in said else "dtype"
-        said[key] = result_dtype(plan.dtype)
-        config.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    said = configuration(work)
+    adapted = plan.configured(said) if said else said
+    if adapted != said:
+        (work / CONFIG).write_text(json.dumps(adapted, indent=2) + "\n", encoding="utf-8")
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """What the configuration in a transformers folder says; nothing where there is none."""
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _accompanies(file: Path) -> bool:
