@@ -9,7 +9,7 @@ from polytask.linalg.simplex import min_norm_point
 
 STATIONARY = 1e-12  # squared length of the shortest vector in the hull of unit gradients
 DEPENDENT = 1e-6  # squared distance of a unit gradient from what others span
-ATTEMPTS = 12
+ATTEMPTS = 30
 TINY = float(np.finfo(np.float64).tiny)
 
 
