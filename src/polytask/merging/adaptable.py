@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,19 +23,19 @@ LINEAR, TURNED, OTHER = "linear", "turned", "other"
 
 @dataclass(frozen=True)
 class Adaptable:
-    """The places in a model that peft has room for.
+    """The places in a model that peft has room for; layers and modules are called as in the model, tensors as in its file.
 
     Attributes:
-        layers: linear layers, by the name of their weight.
-        biases: the linear layers, by the name of their bias.
-        modules: small modules that are kept whole, with the names of all their tensors: norms, and linear layers that keep their
-            weight the other way round than most.
+        layers: linear layers, by their weight.
+        biases: the linear layers, by their bias.
+        modules: small modules that are kept whole, norms and linear layers that keep their weight the other way round than most:
+            {module: {tensor: what the model calls it}}.
         turned: whether the linear layers keep their weights as (inputs, outputs).
     """
 
     layers: Mapping[str, str]
     biases: Mapping[str, str]
-    modules: Mapping[str, tuple[str, ...]]
+    modules: Mapping[str, Mapping[str, str]]
     turned: bool
 
 
@@ -42,42 +43,45 @@ def adaptable(specs: Mapping[str, Spec], folder: Path) -> Adaptable:
     """What of a model with these tensors an adapter can change.
 
     Args:
-        specs: of the model's tensors.
+        specs: of the tensors in the model's file.
         folder: where its configuration is, if it has one; the kinds of layers are otherwise told by names and shapes.
     """
-    tensors: dict[str, list[str]] = {}
-    for name in specs:
-        tensors.setdefault(name.rpartition(".")[0], []).append(name)
-    known = _kinds(folder)
-    kinds = known or {m: _kind(m, names, specs) for m, names in tensors.items()}
+    kinds, called = _architecture(folder, specs) or ({}, {n: n for n in specs})
+    tensors: dict[str, dict[str, str]] = {}
+    for name, own in called.items():
+        tensors.setdefault(own.rpartition(".")[0], {})[own] = name
+    kinds = kinds or {m: _kind(m, inside, specs) for m, inside in tensors.items()}
     # the projection of PyTorch's own attention is read by its parent, past what an adapter adds
-    inside = {m for m in tensors if f"{m.rpartition('.')[0]}.in_proj_weight" in specs}
+    read_past = {m for m in tensors if f"{m.rpartition('.')[0]}.in_proj_weight" in called.values()}
     turned = TURNED in kinds.values()
     main, other = (TURNED, LINEAR) if turned else (LINEAR, TURNED)
-    linear = [m for m in tensors if kinds.get(m) == main and m not in inside and f"{m}.weight" in specs]
+    linear = [
+        m for m, inside in tensors.items() if kinds.get(m) == main and m not in read_past and f"{m}.weight" in inside
+    ]
     above = {m[:i] for m in tensors for i, c in enumerate(m) if c == "."}
     every = above.union(tensors)
-    whole = {
-        m: tuple(names)
-        for m, names in tensors.items()
-        if m in kinds and m and m not in above | inside
-        if kinds[m] == other or all(len(specs[n].shape) <= 1 for n in names)
+    modules = {
+        m: {name: own for own, name in inside.items()}
+        for m, inside in tensors.items()
+        if m in kinds and m and m not in above | read_past
+        if kinds[m] == other or all(len(specs[n].shape) <= 1 for n in inside.values())
         # peft takes all modules whose names end like this
         if not any(o.endswith(m) and o != m for o in every)
     }
-    biases = {f"{m}.bias": m for m in linear if f"{m}.bias" in specs}
-    return Adaptable({f"{m}.weight": m for m in linear}, biases, whole, turned)
+    layers = {tensors[m][f"{m}.weight"]: m for m in linear}
+    biases = {tensors[m][f"{m}.bias"]: m for m in linear if f"{m}.bias" in tensors[m]}
+    return Adaptable(layers, biases, modules, turned)
 
 
-def _kind(module: str, names: list[str], specs: Mapping[str, Spec]) -> str:
+def _kind(module: str, inside: Mapping[str, str], specs: Mapping[str, Spec]) -> str:
     weight = specs.get(f"{module}.weight")
-    plain = {n.rpartition(".")[2] for n in names} <= {"weight", "bias"}
+    plain = {n.rpartition(".")[2] for n in inside} <= {"weight", "bias"}
     linear = plain and weight is not None and len(weight.shape) == 2 and not EMBEDDING.search(module)
     return LINEAR if linear else OTHER
 
 
-def _kinds(folder: Path) -> dict[str, str] | None:
-    """The kinds of modules of an architecture that transformers has, by their names; None where it tells none."""
+def _architecture(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], dict[str, str]] | None:
+    """The kinds of modules by their names, and what the model calls the tensors of its file; None for an unknown architecture."""
     if not (folder / CONFIG).exists():
         return None
     try:
@@ -88,8 +92,23 @@ def _kinds(folder: Path) -> dict[str, str] | None:
         architecture = getattr(transformers, said["architectures"][0])
         config = architecture.config_class.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            modules = dict(architecture(config).named_modules())
+            model = architecture(config)
+        called = _called(model, names)
     except Exception:  # a configuration of another library, or of none
         return None
     kinds = ((TURNED, Conv1D), (LINEAR, torch.nn.Linear), (OTHER, torch.nn.Module))
-    return {n: next(kind for kind, cls in kinds if isinstance(m, cls)) for n, m in modules.items()}
+    return {n: next(kind for kind, cls in kinds if isinstance(m, cls)) for n, m in model.named_modules()}, called
+
+
+def _called(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Newer releases of transformers rename tensors as they load; those that they put together from several have no name here."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    except ImportError:
+        return {n: n for n in names}
+    steps, state = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [s for s in steps if isinstance(s, WeightRenaming)]
+    converters: list[Any] = [s for s in steps if not isinstance(s, WeightRenaming)]
+    found = {n: rename_source_key(n, renamings, converters, model.base_model_prefix, state) for n in names}
+    return {n: own for n, (own, put_together) in found.items() if put_together is None and own in state}

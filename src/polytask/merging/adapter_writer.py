@@ -50,14 +50,14 @@ class Room:
         settings: of the adapter's configuration.
         turned: whether the layers keep their weights as (inputs, outputs).
         biases: {bias: its layer}, for those that are kept whole where they changed.
-        modules: {module: its tensors}, the same for modules.
+        modules: {module: {tensor: what the model calls it}}, the same for modules.
     """
 
     layers: Mapping[str, str]
     settings: Mapping[str, Any]
     turned: bool
     biases: Mapping[str, str] = field(default_factory=dict)
-    modules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -198,8 +198,8 @@ def _write(plan: MergePlan, work: Path, room: Room, r: int, merged: Iterable[str
         layer = room.biases[bias]
         names[bias] = f"base_model.model.{layer}{'.base_layer' * (layer in layers)}.bias"
     for module in dict.fromkeys(modules):
-        for n in room.modules[module]:
-            names[n] = f"base_model.model.{n}"
+        for n, own in room.modules[module].items():
+            names[n] = f"base_model.model.{own}"
             if n not in waiting:
                 waiting[n] = plan.models[0].read(n)
     with Writer(work / WEIGHTS[0], {stored: spec_of(waiting[n]) for n, stored in names.items()}) as writer:
