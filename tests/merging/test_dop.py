@@ -84,7 +84,8 @@ def test_the_shortest_combination_of_two() -> None:
         ([2.0, 0.0], [-1.0, 0.0], 1 / 3),
         ([0.0, 0.0], [0.0, 0.0], 0.5),
     ):
-        assert share_of_first(torch.tensor(g), torch.tensor(h)) == pytest.approx(expected)
+        products = [float(torch.tensor(a) @ torch.tensor(b)) for a, b in ((g, g), (g, h), (h, h))]
+        assert share_of_first(*products) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("size", [1e-8, 1.0, 1e8])

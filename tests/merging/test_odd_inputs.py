@@ -89,7 +89,7 @@ WRONG: list[tuple[Any, Any, str, dict[str, Any], str]] = [
         "options of the method within knots are given by their names",
     ),
     (BASE, EXPERTS, "adamerging", {}, "adamerging runs the model while it merges: give model= and inputs="),
-    (BASE, EXPERTS, "EMR", {}, "emr keeps a mask for each expert: say whose model is wanted, expert=NAME"),
+    (BASE, EXPERTS, "EMR", {}, "emr keeps experts apart: say whose model is wanted, expert=NAME"),
     (BASE, EXPERTS, "esm++", {}, "esm_pp keeps experts in one model: polytask.merging.route_by_prototypes"),
     (BASE, EXPERTS, "trim", {}, "trim is no merging method: it is a filter"),
     (BASE, EXPERTS, "tiess", {}, "there is no merging method called 'tiess'; did you mean ties"),

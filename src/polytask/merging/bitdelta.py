@@ -47,6 +47,8 @@ class BitDelta(KeptApart):
     Cost: two passes over one expert's task vector; one bit an entry and one number a matrix for each expert.
     """
 
+    scratch = 3.0
+
     def __init__(self, *, layers: str | Sequence[str] = "*", expert: int | None = None) -> None:
         super().__init__(expert=expert)
         self.layers = as_patterns(layers)

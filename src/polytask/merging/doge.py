@@ -54,8 +54,8 @@ class DOGE(TaskVectorMerger):
     """
 
     weighs_itself = True
-    scratch = 7.0
-    scratch_per_expert = 1.0
+    scratch = 14.0  # the decomposition of a stack, in float64
+    scratch_per_expert = 1.25
 
     def __init__(
         self,

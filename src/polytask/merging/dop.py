@@ -53,7 +53,7 @@ class DOP(TaskVectorMerger):
     as its smaller side, which takes minutes for a few million entries.
     """
 
-    scratch = 12.0
+    scratch = 34.0  # two decompositions in float64, and squares of both sides for each of two models
 
     def __init__(
         self,
@@ -89,8 +89,9 @@ class DOP(TaskVectorMerger):
         optimizer = torch.optim.Adam([X], lr=self.learning_rate)
         for _ in range(self.steps):
             (old, G), (new, H) = (gradient(X) for gradient in gradients)
-            shortest = share_of_first(G / (old or 1.0), H / (new or 1.0))
-            a = self.momentum * a + (1 - self.momentum) * shortest
+            gg, gh, hh = (inner(g, h) for g, h in ((G, G), (G, H), (H, H)))
+            old, new = old or 1.0, new or 1.0
+            a = self.momentum * a + (1 - self.momentum) * share_of_first(gg / old**2, gh / old / new, hh / new**2)
             X.grad = G.mul_(a).add_(H, alpha=1 - a)
             optimizer.step()
         X.grad = None
@@ -104,7 +105,7 @@ class DOP(TaskVectorMerger):
         def gradient(X: Float[Tensor, "m n"]) -> tuple[float, Float[Tensor, "m n"]]:
             E = X - tau
             G = left(E).add_(right(E.T).T).mul_(2)
-            return float((E * G).sum(dtype=torch.float64)) / 2, G
+            return inner(E, G) / 2, G
 
         return gradient
 
@@ -125,8 +126,12 @@ def square(P: Float[Tensor, "d r"]) -> Callable[[Tensor], Tensor]:
     return lambda E: S @ E
 
 
-def share_of_first(g: Float[Tensor, "m n"], h: Float[Tensor, "m n"]) -> float:
-    r""":math:`\arg\min_{a \in [0, 1]} \lVert a g + (1 - a) h \rVert`; one half where they are equal."""
-    apart = h - g
-    length = float(apart.square().sum(dtype=torch.float64))
-    return min(1.0, max(0.0, float((h * apart).sum(dtype=torch.float64)) / length)) if length > 0 else 0.5
+def inner(g: Float[Tensor, "m n"], h: Float[Tensor, "m n"]) -> float:
+    """The inner product of two matrices."""
+    return float((g * h).sum(dtype=torch.float64))
+
+
+def share_of_first(gg: float, gh: float, hh: float) -> float:
+    r""":math:`\arg\min_{a \in [0, 1]} \lVert a g + (1 - a) h \rVert` by inner products; one half where they are equal."""
+    length = gg - 2 * gh + hh
+    return min(1.0, max(0.0, (hh - gh) / length)) if length > 0 else 0.5

@@ -49,7 +49,7 @@ class OPCM(TaskVectorMerger):
     """
 
     passes = 1
-    scratch = 6.0
+    scratch = 18.0  # decompositions in float64
 
     def __init__(self, *, alpha: float = 0.5, **base: Unpack[TaskVectorOptions]) -> None:
         super().__init__(**base)

@@ -38,7 +38,7 @@ class TATR(SparseMerger):
     """
 
     elect, normalize = False, False
-    scratch = 3.0
+    scratch = 5.0
 
     def __init__(
         self,

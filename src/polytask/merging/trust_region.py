@@ -39,7 +39,7 @@ class TrustRegion(Filter):
     Cost: a few passes over the task vectors.
     """
 
-    scratch = 3.0
+    scratch = 5.0
 
     def __init__(self, *, quantile: float = 0.99, scope: Literal["tensor", "model"] = "tensor") -> None:
         in_range(quantile, "the quantile of a trust region", 0, 1)
