@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polytask.errors import InputError
 from polytask.merging import make, merge
+from polytask.merging.on_disk import MergePlan, write
+from polytask.merging.opcm import OPCM
 
 from .conftest import distance, family
 from .test_oracles import close, of, rows
@@ -102,3 +107,25 @@ def test_weights_come_before_everything() -> None:
 def test_alpha_is_a_share() -> None:
     with pytest.raises(InputError, match="alpha of opcm lies between 0 and 1"):
         make("opcm", alpha=1.5)
+
+
+def test_on_disk_sums_are_kept_when_a_merge_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = family(3, dtype=torch.float32)
+    for name, state in zip(("base", "a", "b", "c"), (base, *experts), strict=True):
+        save_file(state, tmp_path / f"{name}.safetensors")
+
+    def plan() -> MergePlan:
+        files = [tmp_path / f"{n}.safetensors" for n in "abc"]
+        return MergePlan(files, tmp_path / "base.safetensors", "opcm", lambda _: {"alpha": 0.7}, shard_size=2000)
+
+    def killed(name: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(plan(), tmp_path / "out", progress=killed)
+    monkeypatch.setattr(OPCM, "projected", lambda *_: pytest.fail("it had been projected before"))
+    write(plan(), tmp_path / "out")
+    monkeypatch.undo()
+    found = {n: t for f in (tmp_path / "out").glob("*.safetensors") for n, t in load_file(f).items()}
+    expected = merge(base, experts, "opcm", alpha=0.7)
+    assert all(torch.equal(found[n], v) for n, v in expected.items())
