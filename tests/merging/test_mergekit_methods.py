@@ -201,6 +201,9 @@ def test_mergekit_s_files(tmp_path: Path) -> None:
         "r": 0.2,
         "alpha": 0.3,
     }
+    # what files set by habit, and mergekit passes over
+    habit = "parameters: {normalize: true, int8_mask: true, rescale: false}\n"
+    assert options("models: [{model: a.safetensors}]\n" + based + "merge_method: arcee_fusion\n" + habit) == {}
     near = "models: [{model: a.safetensors}]\n" + based + "merge_method: nearswap\nparameters: {t: 0.05}\n"
     assert options(near) == {"t": 0.05}
 

@@ -272,6 +272,8 @@ def test_gradients_over_layers() -> None:
     assert depths == [0, 0.25, 0.5, 0.75, 1]
     assert [evaluate([0.0, 1.0, 0.0], "x", t) for t in depths] == [0.0, 0.5, 1.0, 0.5, 0.0]
     assert [evaluate([0.3], "x", t) for t in depths] == [0.3] * 5
+    assert evaluate(["1e-4", "3e-4"], "x", 0.5) == pytest.approx(2e-4)
+    assert evaluate(["low", "high"], "x", 0.5) == "low"
     assert depth_of("model.embed_tokens.weight", layers) == 0
     assert depth_of("lm_head.weight", layers) == 0
     cases = [{"filter": "q", "value": [0, 1]}, {"filter": "mlp", "value": 0.5}]

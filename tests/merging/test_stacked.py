@@ -472,6 +472,30 @@ def test_what_cannot_be_stacked(models: dict[str, State], tmp_path: Path, text: 
         planned(tmp_path, text)
 
 
+def test_kinds_of_layers_that_go_by_position(tmp_path: Path) -> None:
+    """As in mixtures of experts whose first layers are dense."""
+    (tmp_path / "m").mkdir()
+    state = {f"h.{i}.{kind}": torch.ones(2) for i, kind in enumerate(("dense", "sparse", "sparse"))}
+    save_file(state, tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text('{"n_layer": 3, "first_k_dense_replace": 1}')
+    deeper = slices("{model: ./m, layer_range: [0, 2]}", "{model: ./m, layer_range: [1, 3]}")
+    write(planned(tmp_path, deeper), tmp_path / "out")
+    assert list(load_file(tmp_path / "out/model.safetensors")) == [
+        "h.0.dense",
+        "h.1.sparse",
+        "h.2.sparse",
+        "h.3.sparse",
+    ]
+    twice = slices("{model: ./m, layer_range: [0, 1]}", "{model: ./m, layer_range: [0, 2]}")
+    with pytest.raises(
+        InputError, match=r"layer 0 of .*m is of another kind than layer 1 of .*m, and its config.json has no"
+    ):
+        planned(tmp_path, twice)
+    (tmp_path / "m/config.json").write_text('{"n_layer": 3, "mlp_types": ["dense", "sparse", "sparse"]}')
+    write(planned(tmp_path, twice), tmp_path / "other")
+    assert json.loads((tmp_path / "other/config.json").read_text())["mlp_types"] == ["dense", "dense", "sparse"]
+
+
 def test_a_configuration_that_counts_no_layers(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     save_file({f"h.{i}.weight": torch.ones(2) for i in range(3)}, tmp_path / "m/model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,23 @@ RENAMED = {
 }
 WITHOUT_MEANING = ("int8_mask", "eps")
 """Parameters that save mergekit memory or keep it from dividing by zero, and change no result."""
+
+IDLE = ("normalize", "rescale")
+"""Parameters that files often set whatever their method; mergekit passes over them where there is nothing to normalize or rescale."""
+
+IDLE_IN = (
+    "slerp",
+    "nuslerp",
+    "multislerp",
+    "karcher",
+    "model_stock",
+    "nearswap",
+    "arcee_fusion",
+    "ram",
+    "ramplus_tl",
+    "passthrough",
+)
+"""The methods where there is nothing."""
 
 DEFAULTS = {"density": 1.0, "scale": 1.0, "select": 1.0, "gamma": 0.01}
 """What mergekit takes where a file says nothing and our own default, the paper's, is another."""
@@ -338,11 +356,19 @@ def evaluate(setting: Any, name: str, t: float) -> Any:
             if case.get("filter") in (None, "*") or str(case["filter"]) in name:
                 return evaluate(case["value"], name, t)
         return None
-    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in setting):
-        i = min(int(t * (len(setting) - 1)), max(len(setting) - 2, 0))
-        low, high = setting[i], setting[min(i + 1, len(setting) - 1)]
-        return low + (t * (len(setting) - 1) - i) * (high - low)
+    numbers = [_number(v) for v in setting]
+    if all(isinstance(v, int | float) and not isinstance(v, bool) for v in numbers):
+        i = min(int(t * (len(numbers) - 1)), max(len(numbers) - 2, 0))
+        low, high = numbers[i], numbers[min(i + 1, len(numbers) - 1)]
+        return low + (t * (len(numbers) - 1) - i) * (high - low)
     return setting[int(t * (len(setting) - 1))]
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML reads as a text, 1e-4, as a number."""
+    with contextlib.suppress(ValueError):
+        return float(value) if isinstance(value, str) else value
+    return value
 
 
 def _options(
@@ -365,7 +391,8 @@ def _options(
     """
     defaults = {n: v for n, v in DEFAULTS.items() if n in method.options} | OF_METHODS.get(method.name, {})
     options: dict[str, Any] = dict(defaults)
-    for said in sorted({n for s in (*(own for _, own in sources), *common) for n in s} - set(WITHOUT_MEANING)):
+    passed_over = {*WITHOUT_MEANING, *(IDLE if method.name in IDLE_IN else ())}
+    for said in sorted({n for s in (*(own for _, own in sources), *common) for n in s} - passed_over):
         option = RENAMED.get(said, said)
         if option not in method.options:
             raise InputError(

@@ -157,7 +157,20 @@ class Stack:
             raise InputError(
                 f"{self.donor.path / CONFIG} does not say that there are {deep} layers ({', '.join(COUNTS[:3])}, ...): it cannot be changed"
             )
+        if not _tells_layers_apart(said, deep):
+            self._check_kinds()
         return found
+
+    def _check_kinds(self) -> None:
+        """Where a configuration tells by position what kind a layer is of, layers stand where such ones stood."""
+        kinds = {i: frozenset(rests) for i, rests in self._layers[self._donor_path][1].items()}
+        for number, (path, i) in enumerate(self.layers):
+            wanted = kinds[min(number, len(kinds) - 1)]
+            if frozenset(self._layers[path][1][i]) != wanted:
+                raise InputError(
+                    f"layer {i} of {self.models[path].path} is of another kind than layer {number} of {self.donor.path}, and its {CONFIG} "
+                    "has no list that could say so: it cannot stand there"
+                )
 
     @property
     def _donor_path(self) -> Path:
@@ -303,6 +316,15 @@ def _restacked(
         elif isinstance(value, list) and len(value) == deep and not NOT_BY_LAYER.search(key):
             found[key] = [_entry(key, p, own.get(key, value), i) for p, own, i in layers]
     return found
+
+
+def _tells_layers_apart(said: Mapping[str, Any], deep: int) -> bool:
+    """Whether a configuration has a list with an entry a layer, or of layers' numbers."""
+    lists = {k: v for k, v in said.items() if isinstance(v, list) and not NOT_BY_LAYER.search(k)}
+    inner = (said[k] for k in INNER if isinstance(said.get(k), dict))
+    return any(k in INDICES or len(v) == deep for k, v in lists.items()) or any(
+        _tells_layers_apart(s, deep) for s in inner
+    )
 
 
 def _entry(key: str, model: Path, values: Any, i: int) -> Any:
