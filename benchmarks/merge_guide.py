@@ -2,8 +2,8 @@
 
     python benchmarks/merge_guide.py REPORT/results.json vit
 
-takes a run of ``polytask merge compare`` into ``benchmarks/results/merges.json``; without arguments the tables of the guides are written
-anew, those of ``benchmarks/adaptive.py`` too.
+takes a run of ``polytask merge compare``, with the ``candidates`` that lie beside it, into ``benchmarks/results/merges.json``; without
+arguments the tables of the guides are written anew, those of ``benchmarks/adaptive.py`` too.
 """
 
 from __future__ import annotations
@@ -13,6 +13,11 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from polytask.training.merges.summary import Replicates
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -32,14 +37,31 @@ KEPT = (
 )
 
 
-def keep(results: dict[str, Any]) -> dict[str, Any]:
-    """What the guides need of a results file."""
+def keep(file: Path) -> dict[str, Any]:
+    """What the guides need of a results file and of the candidates beside it."""
+    results = json.loads(file.read_text(encoding="utf-8"))
+    also = beside_base(results, file.parent / "candidates")
     return {
         "budget": results["budget"],
         "tasks": results["tasks"],
         "verdict": results["verdict"]["text"],
-        "candidates": [{k: c[k] for k in KEPT} for c in results["candidates"]],
+        "left_out": results["left_out"],
+        "candidates": [{k: c[k] for k in KEPT} | also[c["name"]] for c in results["candidates"]],
         "interference": results["interference"],
+    }
+
+
+def beside_base(results: dict[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Of every candidate, how far it is from the base with the experts' heads, and its normalised accuracy in each lineage."""
+    names, seeds = [c["name"] for c in results["candidates"]], results["budget"]["seeds"]
+    stored = [[load_file(folder / f"{n}_seed-{s}.safetensors") for s in seeds] for n in names]
+    hits = {t["name"]: np.array([[own[t["name"]] for own in lines] for lines in stored]) for t in results["tasks"]}
+    drawn, expert, base = Replicates(hits), names.index("experts"), names.index("base")
+    accuracy = np.stack([h.mean(2) for h in hits.values()])
+    lineages = (accuracy / accuracy[:, [expert]]).mean(0)
+    return {
+        n: {"over_base": drawn.difference(i, base, expert).to_json(), "lineages": lineages[i].round(4).tolist()}
+        for i, n in enumerate(names)
     }
 
 
@@ -50,17 +72,26 @@ def points(found: dict[str, float], sign: str = "") -> str:
 def comparison(kept: dict[str, Any]) -> list[str]:
     """Candidates from best to worst on test rows."""
     lines = [
-        "| | % of the experts' accuracy | mean accuracy, % | against task arithmetic, points | s a merge, with its statistics |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        "| | % of the experts' accuracy | mean accuracy, % | against task arithmetic, points | ahead of it in lineages "
+        "| against the base, points | s a merge, with its statistics |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
+    baseline = next(c["lineages"] for c in kept["candidates"] if c["name"] == "task_arithmetic")
     for c in sorted(kept["candidates"], key=lambda c: -c["normalised"]["mean"]):
         reference = c["role"] in ("reference", "baseline")
         name = f"**{c['label']}**" if reference else f"`{c['name']}`"
+        if c["role"] not in ("reference", "baseline", "method"):
+            name += f", {c['role']}"
         share = f"{100 * c['normalised']['mean']:.1f}" if c["name"] == "experts" else points(c["normalised"])
-        against = "" if c["name"] in ("experts", "task_arithmetic") else points(c["difference"], "+")
+        against, ahead = "", ""
+        if c["name"] not in ("experts", "task_arithmetic"):
+            against = points(c["difference"], "+")
+            ahead = f"{sum(a > b for a, b in zip(c['lineages'], baseline, strict=True))} of {len(baseline)}"
+        gained = "" if c["role"] == "reference" else points(c["over_base"], "+")
         whole = c["seconds"] + c["statistic_seconds"]
-        seconds = "" if c["role"] == "reference" else f"{whole:.0f}" if whole >= 10 else f"{whole:.1g}"
-        lines.append(f"| {name} | {share} | {100 * c['mean_accuracy']['mean']:.1f} | {against} | {seconds} |")
+        seconds = "" if c["role"] == "reference" else f"{whole:.0f}" if whole >= 9.5 else f"{whole:.1g}"
+        mean = f"{100 * c['mean_accuracy']['mean']:.1f}"
+        lines.append(f"| {' | '.join([name, share, mean, against, ahead, gained, seconds])} |")
     return lines
 
 
@@ -94,7 +125,7 @@ if __name__ == "__main__":
     if len(sys.argv) == 3:
         file = RESULTS / "merges.json"
         kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        kept[sys.argv[2]] = keep(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        kept[sys.argv[2]] = keep(Path(sys.argv[1]))
         file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for document in GUIDES:
         document.write_text(written(document.read_text(encoding="utf-8")), encoding="utf-8")
