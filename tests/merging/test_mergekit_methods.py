@@ -212,9 +212,16 @@ def test_half_of_a_million_weights_in_float32() -> None:
     """Sums over a tensor of many entries keep their digits."""
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 1 << 19, generator=g)
-    for method in ("nuslerp", "nearswap", "ram", "ramplus_tl"):
-        models: list[Tensor] = [a, b]
-        base = torch.zeros_like(a)
-        narrow = of(method, *models, base=base)
-        wide = of(method, *(m.double() for m in models), base=base.double())
-        assert distance({"w": narrow}, {"w": wide}) < 1e-6
+    for method, options in (
+        ("nuslerp", {}),
+        ("nuslerp", {"flatten": False}),
+        ("nuslerp", {"around_base": True, "weights": [1, 2]}),
+        ("nearswap", {}),
+        ("ram", {}),
+        ("ramplus_tl", {}),
+    ):
+        for near in (1.0, 1e-3):  # the second model close to the first
+            models, base = [a, a + near * (b - a)], 0.1 * b
+            narrow = of(method, *models, base=base, **options)
+            wide = of(method, *(m.double() for m in models), base=base.double(), **options)
+            assert distance({"w": narrow}, {"w": wide}) < 1e-6

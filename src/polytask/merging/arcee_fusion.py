@@ -43,6 +43,7 @@ class ArceeFusion(Merger):
 
     needs = "experts"
     most = 2
+    scratch = 1.25
 
     def merge(self, W0: Tensor | None, W: Float[Tensor, "experts ..."], place: Place) -> Tensor:  # noqa: ARG002
         if len(W) == 1 and W0 is None:
@@ -54,7 +55,7 @@ class ArceeFusion(Merger):
         n = I.numel()
         # the entry at place int(q (n - 1)) of the sorted ones
         low, middle, high = (kth_largest_magnitude(I, n - int(q * (n - 1))) for q in (0.25, 0.5, 0.75))
-        return torch.where(middle + 1.5 * (high - low) <= I, b, a)
+        return torch.where(middle + 1.5 * (high - low) <= I, b, a, out=a)
 
 
 def importance(a: Float[Tensor, "... m"], b: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:

@@ -8,6 +8,7 @@ import torch
 
 from polytask.errors import InputError
 from polytask.merging.base import PerExpert, Place, WeightMerger, in_range, per_expert
+from polytask.merging.slerp import inner
 from polytask.registry import register
 
 if TYPE_CHECKING:
@@ -71,8 +72,9 @@ class NuSlerp(WeightMerger):
         a, b = W.view(2, -1) if self.flatten else W
         dim = 0 if self.row_wise and not self.flatten else -1
         norms = (a.norm(dim=dim, keepdim=True) * b.norm(dim=dim, keepdim=True)).double()
-        inner = (a * b).sum(dim, keepdim=True, dtype=torch.float64)
-        cosine = torch.where(norms > 0, inner / norms, 0.0).clamp(-1, 1)
+        # a product of its own for each vector; a whole tensor's would lose digits in float32
+        dot = norms.new_tensor([inner(a, b)]) if self.flatten else torch.linalg.vecdot(a, b, dim=dim).unsqueeze(dim)
+        cosine = torch.where(norms > 0, dot / norms, 0.0).clamp(-1, 1)
         theta, sine = cosine.arccos(), (1 - cosine.square()).sqrt()
         first, second = (torch.where(sine > COLLINEAR, (c * theta).sin() / sine, c).to(W.dtype) for c in (1 - t, t))
         merged: Tensor = a.mul_(first).add_(b.mul_(second))
