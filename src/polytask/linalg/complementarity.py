@@ -14,11 +14,12 @@ Places = npt.NDArray[np.intp]
 RELATIVE_TOLERANCE = 1e-12
 FEW = 20  # coordinates up to which an elimination costs less than a good first guess
 MANY = 60  # rows from which products with all of them at once cost less than eliminations,
-SMALL = 28  # unless so few coordinates are free, with which eliminations cost little,
+SMALL = 28  # unless so few coordinates are free,
 FIRM = 0.6  # or so low a pull says that it would take many products
 COMMON = 0.6  # share of rows in which a coordinate is free from which it is exchanged for all at first
 INDEPENDENT = 1e-3  # what such a coordinate adds to those that are free more often
 FIRST_LOOKS, LOOKS = 4, 12
+SPARSE = 0.25  # share of free coordinates up to which pivots cost less than looks
 TURNS, WEAKER = 6, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
 SETTLED_ROUNDS = 2
 PIVOT_ROUNDS = 60
@@ -50,7 +51,7 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
     Source: Júdice and Pires, Computers & Operations Research 21 (1994); Lawson and Hanson, Solving Least Squares
     Problems (1974).
     """
-    if free is not None or len(Q) == 1 or Q.shape[1] <= FEW:
+    if free is not None or len(Q) == 1 or Q.shape[1] <= FEW or (Q < 0).sum(1).max() <= FEW:
         Z, free, rows = _pivot(M, Q, Q < 0 if free is None else free.copy(), PIVOT_ROUNDS)
     else:
         Z, free, rows = np.empty_like(Q), np.empty(Q.shape, dtype=bool), np.arange(len(Q))
@@ -66,8 +67,8 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
     """Guess by the modulus method, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
     pull = pull_of(M)
     V, settled = settle(M, Q, pull, FIRST_LOOKS)
-    rounds = SETTLED_ROUNDS if (V > 0).sum(1).mean() > SMALL else PIVOT_ROUNDS
-    if not settled and rounds == SETTLED_ROUNDS:
+    sparse = (V > 0).mean() <= SPARSE
+    if not settled and not sparse:
         V, _ = settle(M, Q, pull, LOOKS, V)
     Z, free, rows = np.zeros_like(Q), V > 0, np.arange(len(Q))
     if settled and len(Q) >= MANY and pull >= FIRM and free.sum(1).max() > SMALL:
@@ -85,7 +86,7 @@ def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
             pull /= WEAKER
             V, _ = settle(M, Q[rows], pull, LOOKS, V)
             free[rows] = V > 0
-        v, exchanged, resisting = _pivot(T, R[rows], free[rows] ^ common, rounds)
+        v, exchanged, resisting = _pivot(T, R[rows], free[rows] ^ common, PIVOT_ROUNDS if sparse else SETTLED_ROUNDS)
         free[rows] = exchanged ^ common
         Z[rows] = np.where(common, v @ T.T + R[rows], v) * free[rows]
         rows, V = rows[resisting], V[resisting]
