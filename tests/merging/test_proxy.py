@@ -304,7 +304,7 @@ def test_killed_and_started_again_it_learns_nothing_again(place: Path, monkeypat
             "bare.npz holds no array 'labels', which the method learns from",
         ),
         (("--proxy", "nowhere"), "there are no proxy inputs at"),
-        (("--as-adapter", "2"), "is no adapter"),
+        (("--as-adapter", "2"), "adamerging looks at data with whole models"),
     ],
 )
 def test_bad_input_of_methods_that_run_the_model(
