@@ -44,6 +44,14 @@ def gemma(layers: int = 4) -> nn.Module:
     return transformers.Gemma2ForCausalLM(config)
 
 
+def neo(layers: int = 3) -> nn.Module:
+    kinds = {"attention_types": [[["local"], 1], [["global", "local"], 1]], "window_size": 3}
+    config = transformers.GPTNeoConfig(
+        hidden_size=16, num_layers=layers, num_heads=2, intermediate_size=24, **kinds, **IDS
+    )
+    return transformers.GPTNeoForCausalLM(config)
+
+
 def saved(make: Callable[[], nn.Module], folder: Path, seed: int = 0) -> nn.Module:
     """A model with weights that are far from zero, and from where they begin."""
     torch.manual_seed(seed)
@@ -139,8 +147,9 @@ merge_method: passthrough
         (lambda: llama(3), "o_proj", "down_proj", "num_hidden_layers"),
         (gpt, "attn.c_proj", "mlp.c_proj", "n_layer"),
         (lambda: gemma(3), "o_proj", "down_proj", "num_hidden_layers"),
+        (neo, "out_proj", "mlp.c_proj", "num_layers"),
     ],
-    ids=["llama", "gpt", "gemma"],
+    ids=["llama", "gpt", "gemma", "neo"],
 )
 def test_blocks_that_add_nothing_change_nothing(
     make: Callable[[], nn.Module], first: str, second: str, count: str, tmp_path: Path

@@ -29,6 +29,9 @@ COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 INDICES = ("mlp_only_layers", "full_attn_idxs", "cross_attention_layers")
 """Lists in configurations that hold numbers of layers; other lists with as many entries as there are layers hold one for each."""
 
+RUNS = "attention_types"
+"""GPT-Neo's list of runs of layers, each as kinds of attention in turn and how often they follow each other."""
+
 NOT_BY_LAYER = re.compile(r"token|_ids?$|^architectures$|rope|label")
 
 INNER = ("text_config", "llm_config", "language_config")
@@ -311,11 +314,17 @@ def _restacked(
             found[key] = len(layers)
         elif key in INDICES and isinstance(value, list):
             found[key] = [k for k, (_, own, i) in enumerate(layers) if i in own.get(key, value)]
+        elif key == RUNS and isinstance(value, list):
+            found[key] = [[[_entry(key, p, _unrolled(own.get(key, value)), i)], 1] for p, own, i in layers]
         elif key in INNER and isinstance(value, dict):
             found[key] = _restacked(value, deep, [(p, own.get(key) or {}, i) for p, own, i in layers])
         elif isinstance(value, list) and len(value) == deep and not NOT_BY_LAYER.search(key):
             found[key] = [_entry(key, p, own.get(key, value), i) for p, own, i in layers]
     return found
+
+
+def _unrolled(runs: Sequence[Any]) -> list[Any]:
+    return [kind for kinds, times in runs for _ in range(times) for kind in kinds]
 
 
 def _tells_layers_apart(said: Mapping[str, Any], deep: int) -> bool:
