@@ -13,6 +13,7 @@ from polytask.merging import adapt, merge
 from polytask.merging.base import Place
 from polytask.merging.concrete import drawn
 from polytask.merging.in_memory import built, merging_method
+from polytask.training.merges import candidate
 
 from .conftest import distance
 from .test_adaptive import inputs, uncertainty, world  # noqa: F401
@@ -88,6 +89,11 @@ def test_a_mask_of_nothing_leaves_the_base_and_no_hole(world: World) -> None:  #
     model, base, experts = world
     found = adapt(model, base, experts, inputs(), "concrete", steps=0, logits=-500.0, mask="discrete", check=False)
     assert distance(found, base) == 0
+
+
+def test_scales_are_searched_where_methods_are_compared() -> None:
+    assert candidate("concrete", experts=8).axes == {"scale": (0.3, 0.125)}
+    assert candidate("concrete", experts=8, options={"scale": 0.2}).axes == {}
 
 
 def test_refusals() -> None:

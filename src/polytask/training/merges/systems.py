@@ -22,6 +22,9 @@ from polytask.training.merges.lineage import Lineage, Outcome
 FROM_LABELS = ("frank_wolfe",)
 """Methods that learn from labels in their papers, though they can do without."""
 
+SCALED = ("concrete",)
+"""Methods whose scale stays what it is given as while they learn."""
+
 STRIDES = (0.03, 0.3, 1.0)
 """From the authors' stride to Frank and Wolfe's own."""
 
@@ -58,6 +61,8 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
         }
         if issubclass(method.factory, KeptApart):  # type: ignore[arg-type]
             tried["scale"] = SCALES
+        if method.name in SCALED:
+            tried["scale"] = (method.options["scale"], start[1])
         axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
     if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
