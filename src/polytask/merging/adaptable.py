@@ -73,6 +73,12 @@ def adaptable(specs: Mapping[str, Spec], folder: Path) -> Adaptable:
     return Adaptable(layers, biases, modules, turned)
 
 
+def names_in_model(names: Iterable[str], folder: Path) -> dict[str, str]:
+    """What a model of transformers calls the tensors of its file: {name in the file: name in the model}, empty for other models."""
+    found = _architecture(folder, names)
+    return {} if found is None else found[1]
+
+
 def _kind(module: str, inside: Mapping[str, str], specs: Mapping[str, Spec]) -> str:
     weight = specs.get(f"{module}.weight")
     plain = {n.rpartition(".")[2] for n in inside} <= {"weight", "bias"}

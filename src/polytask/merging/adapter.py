@@ -14,6 +14,7 @@ import torch
 from packaging.version import Version
 
 from polytask.errors import InputError, StorageError
+from polytask.merging.adaptable import names_in_model
 from polytask.merging.checkpoint import ADAPTER, Checkpoint, open_checkpoint
 from polytask.merging.hub import fetched, headers, on_hub
 from polytask.merging.matching import Spec
@@ -293,13 +294,23 @@ def _weight(layer: str, specs: Iterable[str]) -> str:
 
 
 def _renaming(adapter: Adapter, base: Checkpoint) -> Callable[[str], str]:
-    """How layers are called in the base: a model with a task head has one more step in its names than the model alone."""
+    """How layers are called in the base.
+
+    A model with a task head has one more step in its names than the model alone, and newer releases of transformers rename as they load.
+    """
     tops = {n.partition(".")[0] for n in base.specs}
     known: list[Callable[[str], str]] = [lambda n: n, lambda n: n.partition(".")[2]]
     known += [lambda n, t=t: f"{t}.{n}" for t in sorted(tops)]  # type: ignore[misc]
     for rename in known:
         if all(_weight(rename(layer), base.specs) in base.specs for layer in adapter.updates):
             return rename
+    by_model = {own: n for n, own in names_in_model(base.specs, base.path).items()}
+
+    def as_loaded(name: str) -> str:
+        return by_model.get(name) or by_model.get(f"{name}.weight", name).removesuffix(".weight")
+
+    if all(_weight(as_loaded(layer), base.specs) in base.specs for layer in adapter.updates):
+        return as_loaded
     missing = next(n for n in adapter.updates if _weight(n, base.specs) not in base.specs)
     raise InputError(
         f"the adapter {adapter.path} changes {missing}, which {base.path} has not: it is for another base"
