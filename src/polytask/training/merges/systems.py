@@ -55,14 +55,12 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
     axes = {n: tuple(v) for n, v in options.items() if isinstance(v, list)}
     fixed = {n: v for n, v in options.items() if n not in axes}
     if experts:
-        tried: dict[str, tuple[Any, ...]] = {
-            "start": (method.options.get("start"), round(1 / experts, 4)),
-            "stride": STRIDES,
-        }
+        mean = round(1 / experts, 4)
+        tried: dict[str, tuple[Any, ...]] = {"start": (method.options.get("start"), mean), "stride": STRIDES}
         if issubclass(method.factory, KeptApart):  # type: ignore[arg-type]
             tried["scale"] = SCALES
         if method.name in SCALED:
-            tried["scale"] = (method.options["scale"], start[1])
+            tried["scale"] = (method.options["scale"], mean)
         axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
     if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
