@@ -18,7 +18,8 @@ SMALL = 28  # unless so few coordinates are free,
 FIRM = 0.6  # or so low a pull says that it would take many products
 COMMON = 0.6  # share of rows in which a coordinate is free from which it is exchanged for all at first
 INDEPENDENT = 1e-3  # what such a coordinate adds to those that are free more often
-FIRST_LOOKS, LOOKS = 4, 12
+FIRST_LOOKS, LOOKS = 3, 12
+FIRST_PULL = 0.3  # with which few free coordinates show soon
 SPARSE = 0.25  # share of free coordinates up to which pivots cost less than looks
 TURNS, WEAKER = 6, 4.0  # how often rows that resist settle again, and how many times the pull is lowered for that
 SETTLED_ROUNDS = 2
@@ -66,7 +67,7 @@ def nonnegative_qp(M: Matrix, Q: Matrix, free: Mask | None = None) -> Matrix:
 def _together(M: Matrix, Q: Matrix) -> tuple[Matrix, Mask, Places]:
     """Guess by the modulus method, then pivot; rows that resist are ill-conditioned ones: more of both, with less pull."""
     pull = pull_of(M)
-    V, settled = settle(M, Q, pull, FIRST_LOOKS)
+    V, settled = settle(M, Q, max(pull, FIRST_PULL), FIRST_LOOKS)
     sparse = (V > 0).mean() <= SPARSE
     if not settled and not sparse:
         V, _ = settle(M, Q, pull, LOOKS, V)
