@@ -143,11 +143,12 @@ METHODS: dict[str, list[Any]] = {
     ],
     "cnn": [*ENTRYWISE, *DELLAS, FISHER, "emr", "tall", "frank_wolfe", *learned("cnn", "adamerging")],
     "text": [
-        *("average", "ties", "dare_linear", "consensus", "tsv_m", "iso_c", "regmean", "emr"),
+        *("average", "model_stock", "consensus", "pcb", "magnitude_prune", "ties", "dare_linear", "breadcrumbs", "sce"),
+        *("tsv_m", "iso_c", "iso_cts", "cart", "regmean", "emr", "tall"),
         *learned("text", "adamerging", start=0.3),
     ],
 }
-"""What is compared, fixed before results over several seeds were seen.
+"""What is compared, fixed for each model before its own results over several seeds were seen.
 
 Left out are ``slerp``, which takes two models, and ``weighted``, which without weights is ``average``."""
 
