@@ -72,7 +72,8 @@ def points(found: dict[str, float], sign: str = "") -> str:
 def comparison(kept: dict[str, Any]) -> list[str]:
     """Candidates from best to worst on test rows."""
     lines = [
-        "| | % of the experts' accuracy | against task arithmetic, points | ahead of it in lineages | against the base, points | s a merge |",
+        "| | % of the experts' accuracy | against task arithmetic, points | ahead of it in lineages | against the base, points "
+        "| s a merge |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     baseline = next(c["lineages"] for c in kept["candidates"] if c["name"] == "task_arithmetic")
