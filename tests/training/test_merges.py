@@ -19,9 +19,10 @@ from typer.testing import CliRunner, Result
 
 from polytask.cli import app
 from polytask.errors import InputError
+from polytask.merging import Merger, merge
 from polytask.registry import methods
 from polytask.training.data import TaskData
-from polytask.training.merges import Candidate, Lineage, MergeTask, candidate, compare, merged
+from polytask.training.merges import Candidate, Lineage, MergeTask, candidate, compare, merged, read_comparison
 from polytask.training.merges.candidates import grid
 from polytask.training.merges.compare import Settings
 
@@ -500,3 +501,41 @@ def test_nothing_without_an_expert_that_knows_its_task(tmp_path: Path) -> None:
     line.experts["left"]["head.weight"].neg_()
     with pytest.raises(InputError, match="left"):
         compare(tasks(), line, [], folder=tmp_path)
+
+
+def test_heads_of_other_sizes_do_not_keep_statistics_from_being_used(tmp_path: Path) -> None:
+    """The base's head has five outputs and the experts' two; statistics of heads are of no tensor that is merged."""
+    found = compare(tasks(), lineage(), [merged(m, experts=T) for m in ("fisher", "regmean")], folder=tmp_path)
+    assert {"fisher", "regmean"} <= set(by_name(found))
+    assert found["left_out"] == []
+
+
+@pytest.mark.parametrize("trials", [2, 6, 12, 20])
+def test_every_setting_of_the_default_grids_is_one_that_the_method_takes(trials: int) -> None:
+    for method in MERGERS:
+        if issubclass(method.factory, Merger):
+            for option, values in grid(method, T, trials, {}).items():
+                for value in values:
+                    W0, W = torch.zeros(8, 8), torch.eye(8).repeat(method.factory.most or T, 1, 1)
+                    made = {**method.example, option: value}
+                    if method.needs != "statistics":
+                        merge({"w": W0}, [{"w": w} for w in W], method.name, **made)
+
+
+def test_experts_are_measured_by_themselves_in_every_lineage(tmp_path: Path) -> None:
+    def of_seed(seed: int) -> Lineage:
+        line = lineage()
+        if seed:
+            line.experts["left"]["head.weight"] = head(1)  # looks elsewhere, and is right by chance
+        return line
+
+    found = by_name(compare(tasks(), of_seed, [], folder=tmp_path, seeds=(0, 1)))
+    assert found["experts"]["validation_score"] == pytest.approx(1.0)
+
+
+def test_another_seed_leaves_the_first_one_s_results(written: Path) -> None:
+    for name in NAMES:
+        first = written.parent / f"{name}-0.safetensors"
+        (written.parent / f"{name}-1.safetensors").write_bytes(first.read_bytes())
+    one, both = (read_comparison(written, seeds=s) for s in ((0,), (0, 1)))
+    assert one.fingerprint(0) == both.fingerprint(0) != both.fingerprint(1)

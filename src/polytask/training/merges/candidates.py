@@ -20,6 +20,8 @@ TRIALS = 12
 
 MAIN: dict[str, tuple[float, ...]] = {
     "density": (0.1, 0.2, 0.5, 0.9),
+    "della.density": (0.15, 0.3, 0.5, 0.8),
+    "della_linear.density": (0.15, 0.3, 0.5, 0.8),
     "select": (0.1, 0.2, 0.5, 0.9),
     "rank": (0.04, 0.08, 0.16, 0.32),
     "common": (0.4, 0.6, 0.8, 0.9),

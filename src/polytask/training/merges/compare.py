@@ -69,7 +69,7 @@ def compare(
     trials: int = TRIALS,
     proxy_rows: int = PROXY_ROWS,
     left_out: Mapping[str, str] = MappingProxyType({}),
-    fingerprint: str = "",
+    fingerprint: str | Callable[[int], str] = "",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge candidates on tasks, with the experts, the base and task arithmetic always among them.
@@ -91,7 +91,7 @@ def compare(
         proxy_rows: inputs of each task that statistics are gathered on, of validation where the task has no proxy of its own; methods
             that learn from inputs are given all.
         left_out: methods that take no part, with the reason: they are named in the results.
-        fingerprint: what else a stored result hangs on, such as the state of the files.
+        fingerprint: what else a stored result hangs on, such as the state of the files; perhaps by the seed.
         progress: told of every candidate that starts and finishes.
 
     Returns:
@@ -108,14 +108,12 @@ def compare(
         candidates, absent = every_method(len(tasks), trials)
     everyone = in_order(candidates, len(tasks), trials)
     judged: dict[str, list[Judged]] = {c.name: [] for c in everyone}
-    table, open_seed = (
-        _Table(tasks, folder, f"{fingerprint}/{proxy_rows}"),
-        lineage if callable(lineage) else lambda _: lineage,
-    )
+    table, open_seed = _Table(tasks, folder), lineage if callable(lineage) else lambda _: lineage
     standing = Standing(0, len(everyone) * len(seeds), "", "")
     between = []
     for seed in seeds:
         line = _ready(open_seed(seed), tasks, seed, proxy_rows)
+        table.fingerprint = f"{fingerprint(seed) if callable(fingerprint) else fingerprint}/{proxy_rows}"
         between.append(interference(line.base, line.experts, line.head))
         for candidate in [c for c in everyone if c.name not in absent]:
             standing = replace(standing, candidate=candidate.name)
@@ -165,8 +163,8 @@ def halves(task: MergeTask) -> int:
 class _Table:
     """The results of a comparison, one file a candidate and seed."""
 
-    def __init__(self, tasks: Sequence[MergeTask], folder: Path, fingerprint: str) -> None:
-        self.tasks, self.folder, self.fingerprint = tasks, folder / STORE, fingerprint
+    def __init__(self, tasks: Sequence[MergeTask], folder: Path) -> None:
+        self.tasks, self.folder, self.fingerprint = tasks, folder / STORE, ""
         self.experts: dict[str, float] = {}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -213,6 +211,8 @@ class _Table:
                 outcome = candidate.make(line, **candidate.fixed, **options)
             accuracy = self._accuracy(line, outcome, candidate.labels)
             reached = self._accuracy(line, line.experts, True) if candidate.labels else self.experts
+            if candidate.name == EXPERTS:
+                reached = accuracy
             score = float(np.mean([a / (reached.get(t) or a or 1.0) for t, a in accuracy.items()]))
             settings.tell(score)
             tried.append({"options": options, "score": score, "seconds": cost.seconds})

@@ -39,7 +39,7 @@ class Comparison:
         trials: settings a method may try.
         proxy_rows: inputs a task that statistics are gathered on.
         lineage: reads the base and the experts of a seed.
-        fingerprint: names, sizes and times of all files, so that a stored result is taken for the same files only.
+        fingerprint: of a seed: names, sizes and times of its files, so that a stored result is taken for the same files only.
     """
 
     tasks: tuple[MergeTask, ...]
@@ -49,7 +49,7 @@ class Comparison:
     trials: int
     proxy_rows: int
     lineage: Callable[[int], Lineage]
-    fingerprint: str
+    fingerprint: Callable[[int], str]
 
 
 def read_comparison(
@@ -78,9 +78,13 @@ def read_comparison(
     else:
         candidates = [_candidate(m, len(tasks), trials, file) for m in asked]
     reader = _Reader(said, file)
-    files = [p for seed in chosen for p in reader.paths(seed).values()]
-    files += [_path(e[k], file) for e in entries for k in ("validation", "test", "proxy") if k in e]
-    return Comparison(tasks, tuple(candidates), left_out, chosen, trials, rows, reader.read, _fingerprint(files))
+    models = {seed: list(reader.paths(seed).values()) for seed in chosen}
+    data = [_path(e[k], file) for e in entries for k in ("validation", "test", "proxy") if k in e]
+
+    def fingerprint(seed: int) -> str:
+        return _fingerprint([*models[seed], *data])
+
+    return Comparison(tasks, tuple(candidates), left_out, chosen, trials, rows, reader.read, fingerprint)
 
 
 def _said(file: Path) -> dict[str, Any]:
