@@ -124,7 +124,11 @@ def test_the_command_writes_a_folder_that_loads(place: Path) -> None:  # noqa: F
     assert "with routed experts" in done.output
     names = ["experts.safetensors", "merge.json", "model.safetensors", "routing.json"]
     assert sorted(p.name for p in (place / "out").iterdir()) == names
-    assert json.loads((place / "out/merge.json").read_text())["routing"] == {"rank": 3, "layers": ["0*"]}
+    assert json.loads((place / "out/merge.json").read_text())["routing"] == {
+        "method": "esm_pp",
+        "rank": 3,
+        "layers": ["0*"],
+    }
     loaded = load_routed(place / "out", build(5)).eval()
     experts = {"cars": build(1), "digits": build(2)}
     seen = [gather_gramians(m, [inputs(i)]) for i, m in enumerate(experts.values(), 1)]

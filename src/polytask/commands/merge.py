@@ -12,9 +12,9 @@ from polytask.commands.deferred import defer
 from polytask.commands.failures import Interrupted
 
 if TYPE_CHECKING:
-    from polytask.merging.esm_pp import ESMPP
     from polytask.merging.on_disk import MergePlan
     from polytask.merging.proxy import Proxy
+    from polytask.merging.routing import Routing
 
 METHOD = "task_arithmetic"
 NAMED = 3
@@ -113,6 +113,8 @@ def merge(
         defer("torch")
     inputs = _proxy(proxy, model)
     if paths[0].suffix in (".yml", ".yaml"):
+        if model is not None and inputs is None:
+            raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
         given = settings or filters or skip or no_base or dtype or seed or method != METHOD
         plan, folder = _configured(paths, folder, inputs, dry_run, given=bool(given))
     else:
@@ -133,6 +135,7 @@ def merge(
             dtype,
             seed,
             proxy=inputs,
+            model=model if inputs is None else None,
             routing=routing,
             headers_only=dry_run,
         )
@@ -150,7 +153,7 @@ def merge(
     else:
         more = " with routed experts" if plan.routing is not None else ""
         models = f"{len(plan.experts)} model{'s' * (len(plan.experts) > 1)}"
-        out().print(f"{plan.method} of {models}{more}: {folder}", markup=False, soft_wrap=True)
+        out().print(f"{plan.title} of {models}{more}: {folder}", markup=False, soft_wrap=True)
 
 
 def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: bool) -> None:
@@ -169,24 +172,21 @@ def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: boo
         out().print(text, markup=False, soft_wrap=True)
 
 
-def _routing(method: str, options: dict[str, Any]) -> tuple[str, ESMPP | None]:
+def _routing(method: str, options: dict[str, Any]) -> tuple[str, Routing | None]:
     """The merger of a method, and what adds experts to its result where the method does; that takes its options out."""
     from polytask.merging.base import Merger
-    from polytask.merging.in_memory import merging_method
+    from polytask.merging.in_memory import built, merging_method
 
     found = merging_method(method)
-    if found.needs != "statistics" or issubclass(found.factory, Merger):  # type: ignore[arg-type]
+    if found.needs == "inputs" or issubclass(found.factory, Merger):  # type: ignore[arg-type]
         return found.name, None
     own = {name: options.pop(name) for name in list(options) if name in found.options}
-    made: ESMPP = found.factory(**own)
+    made: Routing = built(found, own)
+    options.update(made.static_options)
     return made.static, made
 
 
 def _proxy(data: Path | None, model: str | None) -> Proxy | None:
-    from polytask.errors import InputError
-
-    if data is None and model is not None:
-        raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
     if data is None:
         return None
     from polytask.merging.proxy import Proxy
@@ -257,7 +257,7 @@ def carry_out(plan: MergePlan, folder: Path, overwrite: bool, quiet: bool) -> No
 def described(plan: MergePlan) -> dict[str, Any]:
     """The plan, JSON-ready."""
     return {
-        "method": plan.method,
+        "method": plan.title,
         "models": [{"path": str(m.path), "tensors": len(m.specs), "bytes": m.bytes} for m in plan.models],
         "has_base": plan.base is not None,
         "merged": len(plan.match.merged),
@@ -282,7 +282,7 @@ def show(plan: MergePlan) -> None:
     whose = roles[0] if plan.reference is plan.models[0] else str(plan.reference.path)
     kept = f", {len(facts['kept'])} taken from {'the ' * (whose in roles)}{whose}" if facts["kept"] else ""
     screen.print(
-        f"\n{plan.method}: {facts['merged']} tensors merged{kept}; {facts['parameters'] / 1e6:,.1f} million numbers in "
+        f"\n{plan.title}: {facts['merged']} tensors merged{kept}; {facts['parameters'] / 1e6:,.1f} million numbers in "
         f"{len(facts['files'])} file{'s' * (len(facts['files']) > 1)} of {size(facts['bytes'])}.\n"
         f"Peak memory for tensors: {size(facts['peak_bytes'])}.",
         markup=False,

@@ -15,6 +15,7 @@ from polytask.merging.moments import gramian, input_mean
 from polytask.merging.routed import LowRank
 from polytask.merging.routed_model import add_experts
 from polytask.merging.routers import Prototypes
+from polytask.merging.routing import Routing
 from polytask.registry import register
 
 
@@ -25,7 +26,7 @@ from polytask.registry import register
     needs="statistics",
     aliases=("esm_plus_plus",),
 )
-class ESMPP:
+class ESMPP(Routing):
     r"""Give each layer of a merged model the essential directions of what it lacks of each expert, and send each sample to one expert.
 
     .. math:: y = W_m x + b + B_e A_e x, \qquad W_t - W_m \approx B_t A_t, \qquad e = \arg\max_t \cos(\bar x, p_t)
@@ -45,7 +46,6 @@ class ESMPP:
 
     statistic = "gramian"
     static = "esm"
-    """The merger of the model that experts are added to, unless another one is."""
 
     def __init__(self, *, rank: int = 32, layers: str | Sequence[str] = "*") -> None:
         in_range(rank, "the rank of esm_pp", 0, float("inf"))

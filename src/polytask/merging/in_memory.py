@@ -23,7 +23,7 @@ State: TypeAlias = "Mapping[str, Tensor]"
 WHOLE = {
     "inputs": "runs the model on inputs while it merges: give them both to polytask.merging.merge",
     "statistics": "keeps experts in one model: polytask.merging.route_by_prototypes makes it, and polytask merge",
-    "base": "keeps experts in one model: polytask.merging.route_by_subspaces makes it",
+    "base": "keeps experts in one model: polytask.merging.route_by_subspaces makes it, and polytask merge",
 }
 """What is to be said of methods that do not go tensor by tensor, by what they need."""
 
@@ -204,7 +204,8 @@ def merge(
     engine.check(found.merged, len(named), base is not None, len(statistics))
     engine.check_statistics(found.merged)
     if merger.statistic is not None:
-        check_statistics(statistics, merger.statistic, described[0][1], list(named))
+        wanted = {n: described[0][1][n] for n in found.merged}
+        check_statistics(statistics, merger.statistic, wanted, list(named))
 
     def load(name: str) -> tuple[Tensor | None, Tensor]:
         to = torch_dtype(compute_dtype(own[name].dtype for _, own in described))

@@ -31,8 +31,8 @@ from polytask.merging.stored import StoredTensors, TensorFolder, save_tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from polytask.merging.esm_pp import ESMPP
     from polytask.merging.proxy import Proxy
+    from polytask.merging.routing import Routing
 
 SHARD_SIZE = 5_000_000_000
 GRAMIANS = 3
@@ -70,6 +70,7 @@ class MergePlan:
         tokenizer: the model whose tokenizer files are copied; the base when omitted.
         shard_size: bytes a file of the result holds at most.
         proxy: what statistics are gathered from, for methods that need them.
+        model: what makes the model, where experts are added without proxy inputs, see :class:`~polytask.merging.proxy.Proxy`.
         routing: what adds low-rank experts to the merged model; the result is then a folder for ``load_routed``.
         headers_only: of models on the hub fetch no weights: for a plan that is only looked at.
 
@@ -89,7 +90,8 @@ class MergePlan:
     tokenizer: Path | None = None
     shard_size: int = SHARD_SIZE
     proxy: Proxy | None = None
-    routing: ESMPP | None = None
+    model: str | None = None
+    routing: Routing | None = None
     headers_only: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +99,8 @@ class MergePlan:
             raise InputError("there is nothing to merge: no expert was given")
         if self.shard_size <= 0:
             raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
+        if self.model is not None and self.routing is None:
+            raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
         if self.looks_at_data and self.proxy is None:
             raise InputError(f"{self.method} looks at data: name a few dozen inputs of each expert, with --proxy DATA")
         self.check()
@@ -141,6 +145,11 @@ class MergePlan:
             by_name[name] = made[key]
         filters: list[Filter] = [make_filter(f) for f in self.filters]
         return Engine(by_name.__getitem__, filters, (), self.seed)
+
+    @property
+    def title(self) -> str:
+        """What the whole of it is called: by the routing, where experts are added."""
+        return self.method if self.routing is None else self.routing.method.name
 
     @property
     def names(self) -> list[str]:
@@ -284,7 +293,7 @@ class MergePlan:
             "proxy": None if self.proxy is None else {"data": str(self.proxy.data), "model": self.proxy.model},
             "routing": None
             if self.routing is None
-            else {"rank": self.routing.rank, "layers": list(self.routing.layers)},
+            else {"method": self.title, **{o: getattr(self.routing, o) for o in self.routing.method.options}},
             "sources": [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in sources],
         }
 

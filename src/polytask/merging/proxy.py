@@ -149,19 +149,29 @@ class Proxy:
         return found
 
     def build(self, expert: Checkpoint, base: Path | None = None) -> nn.Module:
-        """The model of a checkpoint, with its weights.
+        """The model of a checkpoint, with its weights; see :func:`build_model`."""
+        return build_model(self.model, expert, base)
 
-        Raises:
-            InputError: see :meth:`gather`.
-            MissingExtraError: it is a transformers folder and transformers is not installed.
-        """
-        if self.model is not None:
-            return _manufactured(self.model, expert)
-        folder = _configured(expert.path, base)
-        model = _pretrained(folder)
-        if folder != expert.path:
-            _load(model, expert, f"the model of {folder}", whole=False)
-        return model
+
+def build_model(factory: str | None, checkpoint: Checkpoint, base: Path | None = None) -> nn.Module:
+    """The model of a checkpoint, with its weights.
+
+    Args:
+        factory: what makes it, ``MODULE:FACTORY`` or ``FILE.py:FACTORY``; transformers folders need none.
+        checkpoint: the weights.
+        base: the base's folder, which knows the architecture of adapters.
+
+    Raises:
+        InputError: it cannot be built, or the weights do not fit.
+        MissingExtraError: it is a transformers folder and transformers is not installed.
+    """
+    if factory is not None:
+        return _manufactured(factory, checkpoint)
+    folder = _configured(checkpoint.path, base)
+    model = _pretrained(folder)
+    if folder != checkpoint.path:
+        _load(model, checkpoint, f"the model of {folder}", whole=False)
+    return model
 
 
 def of_dtype(batch: Any, dtype: torch.dtype) -> Any:

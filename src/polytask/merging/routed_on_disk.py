@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from polytask.merging.checkpoint import INDEX, open_checkpoint
-from polytask.merging.proxy import expert_name, stored_names
+from polytask.merging.proxy import build_model, stored_names
 from polytask.merging.routed_model import save_routed
 from polytask.merging.stored import CheckpointTensors, Renamed
 
@@ -30,16 +30,17 @@ def add_routed_experts(plan: MergePlan, work: Path, journal: Path) -> None:
         InputError: the model cannot be built, or takes no experts.
     """
     assert plan.routing is not None
-    assert plan.proxy is not None
     merged = open_checkpoint(work / next(iter(plan.files)) if len(plan.files) == 1 else work)
-    model = plan.proxy.build(plan.models[0], plan.base_folder)
+    factory = plan.model if plan.proxy is None else plan.proxy.model
+    model = build_model(factory, plan.models[0], plan.base_folder)
     names = stored_names(model, plan.models[0])
     for name, tensor in model.state_dict().items():
         if name in names:
             tensor.copy_(merged.read(names[name]))
-    experts = {expert_name(e.path): Renamed(CheckpointTensors(e), names) for e in plan.models[-len(plan.experts) :]}
     # heads that are not merged differ from expert to expert
     merged_here = {n: old for n, old in names.items() if old in set(plan.match.merged)}
+    states = (Renamed(CheckpointTensors(e), merged_here) for e in plan.models[-len(plan.experts) :])
+    experts = dict(zip(plan.names, states, strict=True))
     plan.routing.route(model, experts, [Renamed(s, merged_here) for s in plan.engine.statistics])
     shutil.rmtree(work / "routed", ignore_errors=True)
     save_routed(model, work / "routed")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from polytask.merging.matching import skipped
 from polytask.merging.routed import LowRank
 from polytask.merging.routed_model import add_experts
 from polytask.merging.routers import Subspaces
+from polytask.merging.routing import Routing
 from polytask.merging.spectral import leading_triplets
 from polytask.registry import register
 
@@ -25,7 +27,7 @@ from polytask.registry import register
     needs="base",
     aliases=("smile_upscaling", "SMILE"),
 )
-class SMILE:
+class SMILE(Routing):
     r"""Put each expert's leading singular directions beside the base's linear layers, and send every token where its inputs lie.
 
     .. math:: y = W_0 x + b_0 + \sum_t w_t(x)\, \bigl(U_t \Sigma_t V_t^\top x + b_t - b_0\bigr), \qquad
@@ -46,6 +48,9 @@ class SMILE:
     """
 
     statistic = None
+    static = "task_arithmetic"
+    static_options: ClassVar[Mapping[str, Any]] = {"scale": 0.0}
+    """Experts are added to the base itself."""
 
     def __init__(self, *, rank: int = 32, gate: int = 16, top_k: int = 1, layers: str | Sequence[str] = "*") -> None:
         in_range(rank, "the rank of smile", 0, float("inf"))

@@ -9,12 +9,11 @@ from typing import Any
 from polytask.errors import InputError
 from polytask.merging.adaptive import Adaptive, adapt
 from polytask.merging.base import Merger
-from polytask.merging.esm_pp import ESMPP
 from polytask.merging.in_memory import merge, merging_method
 from polytask.merging.masked import pack
 from polytask.merging.masking import KeptApart
 from polytask.merging.matching import skipped
-from polytask.merging.smile import SMILE
+from polytask.merging.routing import Routing
 from polytask.registry import Method, methods
 from polytask.training.merges.candidates import TRIALS, Candidate, merged
 from polytask.training.merges.lineage import Lineage, Outcome
@@ -22,8 +21,8 @@ from polytask.training.merges.lineage import Lineage, Outcome
 FROM_LABELS = ("frank_wolfe",)
 """Methods that learn from labels in their papers, though they can do without."""
 
-SCALED = ("concrete",)
-"""Methods whose scale stays what it is given as while they learn."""
+SCALED: dict[str, tuple[float, ...]] = {"concrete": (), "adarank": (2.0,)}
+"""Methods that are given a scale to learn from, and what is tried beside their default: these, or the mean's."""
 
 STRIDES = (0.03, 0.3, 1.0)
 """From the authors' stride to Frank and Wolfe's own."""
@@ -60,7 +59,7 @@ def system(method: Method, options: Mapping[str, Any], label: str = "", *, exper
         if issubclass(method.factory, KeptApart):  # type: ignore[arg-type]
             tried["scale"] = SCALES
         if method.name in SCALED:
-            tried["scale"] = (method.options["scale"], mean)
+            tried["scale"] = (method.options["scale"], *(SCALED[method.name] or (mean,)))
         axes |= {n: tuple(dict.fromkeys(v)) for n, v in tried.items() if n in method.options and n not in options}
     if method.name in FROM_LABELS:
         fixed.setdefault("labels", True)
@@ -143,13 +142,18 @@ def _masked(method: Method, lineage: Lineage, **options: Any) -> Outcome:
 
 def _routed(method: Method, lineage: Lineage, **options: Any) -> Outcome:
     """The merged model, or the base, with routed experts, once with each task's head: routing itself is told no task."""
-    routing: ESMPP | SMILE = method.factory(**options)
+    routing: Routing = method.factory(**options)
     own = [{n: v for n, v in e.items() if not skipped(n, lineage.head)} for e in lineage.experts.values()]
-    experts, state, gramians = dict(zip(lineage.experts, own, strict=True)), lineage.base, []
-    if isinstance(routing, ESMPP):
-        gramians = lineage.statistics(routing.statistic)
-        state = merge(
-            lineage.base, lineage.experts, routing.static, skip=lineage.head, statistics=gramians, seed=lineage.seed
-        )
+    experts = dict(zip(lineage.experts, own, strict=True))
+    gramians = lineage.statistics(routing.statistic) if routing.statistic is not None else []
+    state = merge(
+        lineage.base,
+        lineage.experts,
+        routing.static,
+        skip=lineage.head,
+        statistics=gramians,
+        seed=lineage.seed,
+        **routing.static_options,
+    )
     shared = [{n: S for n, S in found.items() if not skipped(n, lineage.head)} for found in gramians]
     return {task: routing.route(lineage.model(task, state), experts, shared) for task in lineage.experts}
