@@ -80,7 +80,7 @@ def merged(
 
     Args:
         name: see ``polytask methods --family merging``.
-        experts: T; scales are searched from half of 1/T, below the mean of all task vectors, to 2.
+        experts: T; scales are searched from a quarter of 1/T, below the mean of all task vectors, to 4.
         trials: settings tried on validation, for every method the same number unless it has fewer.
         options: a list is searched instead of our own grid, anything else is fixed.
         filters: names of filters put before it.
@@ -117,7 +117,7 @@ def grid(method: Method, experts: int, trials: int, fixed: Mapping[str, Any]) ->
         beside = (default, *others[: max(0, trials - 1 if not has_scale else trials // 3)])
     if has_scale:
         axes["scale"] = tuple(
-            round(float(s), 4) for s in np.geomspace(0.5 / experts, 2, trials - max(0, len(beside) - 1))
+            round(float(s), 4) for s in np.geomspace(0.25 / experts, 4, trials - max(0, len(beside) - 1))
         )
     if len(beside) > 1:
         axes[str(main)] = beside
