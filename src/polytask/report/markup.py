@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-VOID = frozenset({"br", "hr", "input", "meta", "link"})
+VOID = frozenset({"br", "hr", "input", "meta", "link", "wbr"})
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 

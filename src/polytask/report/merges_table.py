@@ -10,7 +10,18 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from polytask.report.merges import BASELINE, check_merges, effect_of, points, ranked, size, whole_seconds
+from polytask.report.merges_reading import (
+    BASELINE,
+    ahead_in,
+    check_merges,
+    covered,
+    distinct,
+    effect_of,
+    points,
+    repeated,
+    size,
+    whole_seconds,
+)
 from polytask.report.numbers import bracket, plain
 from polytask.report.reading import Results, interval
 from polytask.report.tables import COLOURS, WIDE, Sheet, framed
@@ -29,17 +40,24 @@ def merges_table(results: Results) -> Sheet:
 def _table(results: Results, width: int) -> Table:
     wide = width >= WIDE
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), width=width, caption_justify="left")
-    table.caption = Text(
-        "Percent of the experts' accuracy on test rows; points beyond task arithmetic. *: chosen on validation."
-    )
+    rows = distinct(results)
+    several = any(ahead_in(results, c) for c in rows)
+    said = [
+        "Percent of the experts' accuracy on test rows; mean accuracy over tasks; points beyond task arithmetic (TA).",
+        "*: chosen on validation.",
+    ]
+    said += ["Ahead: of TA, in so many lineages."] * several + [covered(results), *repeated(results)]
+    table.caption = Text(" ".join(said))
     table.add_column("Method", ratio=1, overflow="ellipsis", no_wrap=True, min_width=14)
-    for head in ("Of experts", "Mean acc.", "Against TA", *(["Seconds", "Memory"] if wide else [])):
+    ahead, costs = ["Ahead"] if several else [], ["Secs", "Memory"] if wide else []
+    for head in ("Of experts", "Mean", "Against TA", *ahead, *costs):
         table.add_column(head, justify="right", no_wrap=True)
-    for c in ranked(results):
+    for c in rows:
         chosen = c["name"] == results["verdict"]["method"]
         label = Text(f"{'* ' if chosen else '  '}{c['label']}", style="bold" if chosen else "")
+        count = [ahead_in(results, c).replace(" of ", "/")] if several else []
         cost = [plain(whole_seconds(c), 1), size(c["peak_bytes"])] if c["role"] != "reference" else ["", ""]
-        table.add_row(label, *_values(c, wide), *(cost if wide else []))
+        table.add_row(label, *_values(c, wide), *count, *(cost if wide else []))
     return table
 
 

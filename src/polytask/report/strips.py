@@ -42,10 +42,31 @@ def axis_around_zero(intervals: Iterable[Interval], symmetric: bool = False) -> 
     return Axis(low - margin, high + margin)
 
 
+def axis_of_most(intervals: Iterable[Interval]) -> Axis:
+    """An axis that holds zero and all intervals but the outermost tenth at each end, and of these such as reach little beyond."""
+    ends = [[x for x in i if x is not None] for i in intervals]
+    lows, highs = (sorted(f(e) for e in ends if e) for f in (min, max))
+    few = max(1, len(lows) // 10) if len(lows) > 3 else 0
+    if not lows:
+        return Axis(-1.0, 1.0)
+    low, high = min(0.0, lows[few]), max(0.0, highs[-1 - few])
+    reach = 0.5 * (high - low)
+    low, high = min(x for x in (0.0, *lows) if x >= low - reach), max(x for x in (0.0, *highs) if x <= high + reach)
+    margin = 0.06 * (high - low) or 1.0
+    return Axis(low - margin, high + margin)
+
+
 def strip(
-    lanes: Sequence[tuple[Interval, str]], axis: Axis, title: str, height: int = 26, ticks: Sequence[float] = ()
+    lanes: Sequence[tuple[Interval, str]],
+    axis: Axis,
+    title: str,
+    height: int = 26,
+    ticks: Sequence[float] = (),
+    zero: bool = True,
 ) -> Markup:
-    """One line of the figure: a zero line and, one above the other, each lane's dot with its interval.
+    """One line of the figure: a line at zero and, one above the other, each lane's dot with its interval.
+
+    What lies off the axis has an arrow and its number.
 
     Args:
         lanes: (interval, class for its colour); a class holding ``hollow`` draws an open dot.
@@ -53,10 +74,11 @@ def strip(
         title: what a screen reader says of it.
         height: in pixels.
         ticks: values with a faint line.
+        zero: whether zero has a strong one.
     """
-    zero = axis.at(0.0)
+    origin = axis.at(0.0)
     lines = [_line(axis.at(t), axis.at(t), 0, height, "grid") for t in ticks]
-    lines.append(_line(zero, zero, 0, height, "zero"))
+    lines += [_line(origin, origin, 0, height, "zero")] if zero else []
     gap = height / (len(lanes) + 1)
     drawn = [_lane(i, style, axis, gap * (n + 1)) for n, (i, style) in enumerate(lanes)]
     return tag("svg", tag("title", title), *lines, *drawn, class_="strip", width="100%", height=height, role="img")
@@ -65,17 +87,26 @@ def strip(
 def _lane(shown: Interval, style: str, axis: Axis, y: float) -> Markup:
     if shown.mean is None:
         return Markup("")
-    parts = []
-    if shown.low is not None and shown.high is not None:
-        a, b = axis.at(shown.low), axis.at(shown.high)
-        parts.append(_line(a, b, y, y, f"bar {style}"))
-        ends = ((a, shown.low, -1), (b, shown.high, 1))
-        parts += [
-            _arrow(x, y, side, style) if axis.beyond(v) else _line(x, x, y - 4, y + 4, f"bar {style}")
-            for x, v, side in ends
-        ]
-    parts.append(tag("circle", cx=f"{axis.at(shown.mean):.2f}%", cy=y, r=4.5, class_=f"dot {style}"))
+    low, high = (shown.mean if x is None else x for x in (shown.low, shown.high))
+    a, b = axis.at(low), axis.at(high)
+    parts = [_line(a, b, y, y, f"bar {style}")] if b > a else []
+    for x, end, side in ((a, low, -1), (b, high, 1)):
+        if axis.beyond(end) and (end > 0) == (side > 0):
+            parts += [_arrow(x, y, side, style), _number(shown, end, x, side, axis, y - 6 if b > a else y + 3.5)]
+        elif shown.known and not axis.beyond(end):
+            parts.append(_line(x, x, y - 4, y + 4, f"bar {style}"))
+    if not axis.beyond(shown.mean):
+        parts.append(tag("circle", cx=f"{axis.at(shown.mean):.2f}%", cy=y, r=4.5, class_=f"dot {style}"))
     return join(*parts)
+
+
+def _number(shown: Interval, end: float, x: float, side: int, axis: Axis, y: float) -> Markup:
+    """What an arrow stands for: the value where it lies off the axis itself, else the interval's end."""
+    value = shown.mean or 0.0
+    off = axis.beyond(value) and (value > 0) == (side > 0)
+    said = plain(value if off else end, _decimals(ticks_of(axis)) + 1, sign=True)
+    anchor = "end" if side > 0 else "start"
+    return tag("text", said, x=f"{x:.2f}%", y=y, dx=-8 * side, text_anchor=anchor, class_="off")
 
 
 def _line(x1: float, x2: float, y1: float, y2: float, style: str) -> Markup:
@@ -109,13 +140,17 @@ def _floor_log10(x: float) -> int:
     return math.floor(math.log10(x))
 
 
-def axis_labels(axis: Axis, unit: str) -> Markup:
-    """The numbers under a column of strips."""
-    ticks = ticks_of(axis)
-    step = ticks[1] - ticks[0] if len(ticks) > 1 else 1.0
-    decimals = max(0, -_floor_log10(step))
-    drawn = [
-        tag("text", f"{plain(t, decimals, sign=bool(t))}{unit}", x=f"{axis.at(t):.2f}%", y=13, text_anchor="middle")
-        for t in ticks
-    ]
+def _decimals(ticks: Sequence[float]) -> int:
+    return max(0, -_floor_log10(ticks[1] - ticks[0] if len(ticks) > 1 else 1.0))
+
+
+def axis_labels(axis: Axis, unit: str, wanted: int = 5) -> Markup:
+    """The numbers above or under a column of strips."""
+    ticks = ticks_of(axis, wanted)
+    return labels([(t, f"{plain(t, _decimals(ticks), sign=bool(t))}{unit}") for t in ticks], axis)
+
+
+def labels(said: Iterable[tuple[float, str]], axis: Axis) -> Markup:
+    """Words at values of the axis."""
+    drawn = [tag("text", words, x=f"{axis.at(t):.2f}%", y=13, text_anchor="middle") for t, words in said]
     return tag("svg", *drawn, class_="strip axis", width="100%", height=18, aria_hidden="true")
