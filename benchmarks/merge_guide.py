@@ -29,6 +29,7 @@ KEPT = (
     "normalised",
     "mean_accuracy",
     "difference",
+    "difference_by_seed",
     "accuracy",
     "chosen",
     "trials",
@@ -76,7 +77,6 @@ def comparison(kept: dict[str, Any]) -> list[str]:
         "| s a merge |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    baseline = next(c["lineages"] for c in kept["candidates"] if c["name"] == "task_arithmetic")
     for c in sorted(kept["candidates"], key=lambda c: -c["normalised"]["mean"]):
         reference = c["role"] in ("reference", "baseline")
         name = f"**{c['label']}**" if reference else f"`{c['name']}`"
@@ -86,7 +86,7 @@ def comparison(kept: dict[str, Any]) -> list[str]:
         against, ahead = "", ""
         if c["name"] not in ("experts", "task_arithmetic"):
             against = points(c["difference"], "+")
-            ahead = f"{sum(a > b for a, b in zip(c['lineages'], baseline, strict=True))} of {len(baseline)}"
+            ahead = f"{sum(d > 0 for d in c['difference_by_seed'])} of {len(c['difference_by_seed'])}"
         gained = "" if c["role"] == "reference" else points(c["over_base"], "+")
         whole = c["seconds"] + c["statistic_seconds"]
         seconds = "" if c["role"] == "reference" else f"{whole:.0f}" if whole >= 9.5 else f"{whole:.1g}"
