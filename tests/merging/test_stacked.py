@@ -263,7 +263,7 @@ def test_one_model_scaled(models: dict[str, State], tmp_path: Path) -> None:
     found = written(tmp_path, text)
     for i, scale in enumerate((0.5, 1.0, 1.5, 2.0)):
         assert distance(layer(found, i), {n: scale * v for n, v in layer(models["a"], i).items()}) < 1e-6
-    with pytest.raises(InputError, match="passthrough merges 1 to 1 experts, not 2"):
+    with pytest.raises(InputError, match="passthrough merges one expert alone, not 2"):
         merge(None, [models["a"], models["b"]], "passthrough")
 
 
@@ -433,7 +433,7 @@ TRIMMED = "base_model: ./base\nfilters: 'trim:density=0.5,scope=model'\n"
             slices(f"{A}, {{model: ./b, layer_range: [0, 3]}}", method="average"),
             "takes 2 layers of one model and 3 of another",
         ),
-        (slices(f"{A}, {A}"), "passthrough merges 1 to 1 experts, not 2"),
+        (slices(f"{A}, {A}"), "passthrough merges one expert alone, not 2"),
         (slices(A, A, method="esm"), "esm looks at data with whole models: .*merge.yml takes their layers apart"),
         (slices(A, A, more="slice: 3"), "'slice', which is not known"),
         (slices(A, A, more="parameters: {sclae: 3}"), "sets 'sclae', which passthrough does not take"),

@@ -148,7 +148,8 @@ class Merger(Stage):
         """
         if count < self.fewest or (self.most is not None and count > self.most):
             wanted = f"at least {self.fewest}" if self.most is None else f"{self.fewest} to {self.most}"
-            raise InputError(f"{self.method.name} merges {wanted} experts, not {count}")
+            wanted = "one expert alone" if self.most == 1 else f"{wanted} experts"
+            raise InputError(f"{self.method.name} merges {wanted}, not {count}")
 
 
 class WeightMerger(Merger):
