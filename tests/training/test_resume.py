@@ -8,6 +8,8 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ def run(problem: Any, folder: Path, balancer: str, options: dict[str, Any]) -> N
     data = (
         DataLoader(Noisy(problem.train), batch_size=48, shuffle=True) if options.pop("loader", False) else problem.train
     )
+    if options.pop("slow_disk", False):
+        os.replace = partial(linger, os.replace)  # in this process alone
     model = problem.model(dropout=0.3)
     model.register_forward_hook(lambda *_: time.sleep(0.01))  # slow enough for whoever watches
     config = CONFIG.but(**options)
@@ -61,6 +65,11 @@ def run(problem: Any, folder: Path, balancer: str, options: dict[str, Any]) -> N
     )
     history = {k: v for k, v in result.history.items() if k not in HISTORY_OF_TIME}
     save_checkpoint(folder / "outcome", {"weights": model.state_dict(), "history": history, "best": result.best_epoch})
+
+
+def linger(replace: Callable[..., None], *paths: Any) -> None:
+    time.sleep(0.2)
+    replace(*paths)
 
 
 def start(*arguments: Any) -> Any:
@@ -135,7 +144,7 @@ def test_killed_while_a_checkpoint_is_written(diabetes, tmp_path: Path) -> None:
     expected = finish(diabetes, tmp_path / "unbroken", "famo", options)
     broken, struck, stood = tmp_path / "broken", 0, [0]
     for attempt in range(4):
-        process = start(diabetes, broken, "famo", options)
+        process = start(diabetes, broken, "famo", {**options, "slow_disk": True})
         await_writes(process, broken, ".*.part", 1 + attempt)
         kill(process)
         struck += any(broken.glob(".*.part"))
