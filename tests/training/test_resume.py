@@ -68,7 +68,7 @@ def run(problem: Any, folder: Path, balancer: str, options: dict[str, Any]) -> N
 
 
 def linger(replace: Callable[..., None], *paths: Any) -> None:
-    time.sleep(0.2)
+    time.sleep(0.1)
     replace(*paths)
 
 
