@@ -15,7 +15,9 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from polytask.cli import app
 from polytask.errors import InputError, StorageError
 from polytask.merging import ExpertLibrary, merge
 from polytask.merging.adapter import TWICE_UNTIL, open_expert, read_adapter
@@ -541,3 +543,37 @@ def test_the_command_line_says_what_an_adapter_leaves_out(tmp_path: Path) -> Non
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "whole models have no ranks to add up" in refused.stderr
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_is_run_as_the_model_that_it_makes(tmp_path: Path) -> None:
+    """Of a ViT, whose layers transformers calls otherwise than its file does."""
+    torch.manual_seed(0)
+    vit().save_pretrained(tmp_path / "base")
+    for t in range(2):
+        fresh = transformers.ViTForImageClassification.from_pretrained(tmp_path / "base")
+        model = peft.get_peft_model(fresh, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+        moved(model, t)
+        model.save_pretrained(tmp_path / f"adapter{t}")
+        model.merge_and_unload().save_pretrained(tmp_path / f"whole{t}")
+    save_file({"pixel_values": torch.randn(12, 3, 16, 16)}, tmp_path / "seen.safetensors")
+    for method in ("regmean", "esm"):
+        found = []
+        for kind in ("adapter", "whole"):
+            paths = [tmp_path / "base", *(tmp_path / f"{kind}{t}" for t in range(2))]
+            options = ("--method", method, "--proxy", tmp_path / "seen.safetensors", "--out", tmp_path / kind / method)
+            done = CliRunner().invoke(app, ["merge", *map(str, (*paths, *options))])
+            assert done.exit_code == 0, done.output
+            found.append(load_file(tmp_path / kind / method / "model.safetensors"))
+        assert all(torch.allclose(v, found[1][n], rtol=1e-4, atol=1e-5) for n, v in found[0].items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_replaces_another_when_told(tmp_path: Path) -> None:
+    stored("llama", tmp_path, experts=2)
+    paths = [str(tmp_path / n) for n in ("base", "adapter0", "adapter1")]
+    command = ["merge", *paths, "--as-adapter", "2", "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(app, command).exit_code == 0
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, "exists already" in refused.stderr) == (2, True)
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0

@@ -416,3 +416,31 @@ def test_tensors_that_a_model_ties_are_merged_once(stored: str) -> None:
     lam = torch.linalg.lstsq(D, moved[:, None]).solution
     assert torch.allclose(D @ lam, moved[:, None], atol=1e-6)
     assert 0.01 < float((lam - 0.5).abs().max()) <= 0.3 + 1e-6  # three steps of Adam away from where it starts
+
+
+@pytest.mark.filterwarnings("ignore:.*led away")
+@pytest.mark.parametrize("name", ["adamerging", "adarank", "frank_wolfe", "concrete"])
+def test_running_means_are_merged_without_a_slope(name: str) -> None:
+    def normed(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        model(torch.randn(32, 12) + seed)
+        return model.eval()
+
+    states = [normed(s).state_dict() for s in range(3)]
+    named = dict(zip(("task 0", "task 1"), states[1:], strict=True))
+    batches = {t: inputs()[t] for t in named}
+    found = merge(states[0], named, name, model=normed(0), inputs=batches, steps=3)
+    assert all(torch.isfinite(v).all() for v in found.values() if v.is_floating_point())
+    assert not torch.equal(found["1.running_mean"], states[0]["1.running_mean"])
+
+
+def test_a_dtype_for_the_result_lets_models_differ_in_theirs(
+    world: tuple[nn.Sequential, State, dict[str, State]],
+) -> None:
+    model, base, experts = world
+    half = {e: {n: v.bfloat16() for n, v in s.items()} for e, s in experts.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = merge(base, half, "regmean_pp", model=model, inputs=inputs(), dtype="float32")
+    assert {v.dtype for v in found.values()} == {torch.float32}

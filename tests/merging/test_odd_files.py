@@ -71,6 +71,7 @@ def test_an_empty_folder_may_be_there(models: dict[str, State], tmp_path: Path) 
 def test_a_link_leads_to_where_the_result_goes(models: dict[str, State], tmp_path: Path, there: bool) -> None:
     if there:
         (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "merge.json").write_text("{}")
         (tmp_path / "disk" / "old").write_text("")
     (tmp_path / "out").symlink_to("disk")
     write(plan(tmp_path), tmp_path / "out", overwrite=there)
@@ -137,7 +138,10 @@ def test_inputs_of_any_float_dtype(models: dict[str, State], tmp_path: Path) -> 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_inputs_that_are_no_numbers(models: dict[str, State], tmp_path: Path, value: float) -> None:
     done = esm(tmp_path, {"inputs": np.full((20, 6), value)})
-    assert (done.exit_code, "hold or become NaN or infinite values: 0.weight of" in done.stderr) == (2, True)
+    assert (done.exit_code, "the array inputs of" in done.stderr and "holds NaN or infinite values" in done.stderr) == (
+        2,
+        True,
+    )
     done = esm(tmp_path, {"inputs": np.array(["a"] * 20)})
     assert (done.exit_code, "arrays of what is no number" in done.stderr) == (2, True)
     assert not list(tmp_path.glob("*out*"))
@@ -211,3 +215,11 @@ def test_quantized_weights_are_not_passed_over() -> None:
     with pytest.raises(InputError, match=r"fc\.weight of the base holds weights as uint8: quantized models"):
         merge(state, [state])
     assert merge(state, [state], skip="fc.weight")["steps"] == 3
+
+
+def test_a_folder_of_something_else_is_not_replaced(models: dict[str, State], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match=r"precious holds thesis\.txt and no model: name another folder"):
+        write(plan(tmp_path), tmp_path / "precious", overwrite=True)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"

@@ -222,3 +222,20 @@ def test_a_model_is_for_those_who_run_it(tmp_path: Path) -> None:
     paths = [str(tmp_path / f"{n}.safetensors") for n in ("base", "one")]
     done = CliRunner().invoke(app, ["merge", *paths, "--method", "ties", "--model", "net.py:net", "--dry-run"])
     assert (done.exit_code, "a model without inputs to run tells nothing" in done.stderr) == (2, True)
+
+
+def test_patterns_that_begin_with_a_star_and_names_given_twice(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(FACTORY)
+    (tmp_path / "other").mkdir()
+    for seed, name in enumerate(("base", "one", "other/one")):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        save_file(net.state_dict(), tmp_path / f"{name}.safetensors")
+    paths = [str(tmp_path / f"{n}.safetensors") for n in ("base", "one", "other/one")]
+    command = ["merge", *paths[:2], "--method", "smile", "--set", "layers=*0.weight,2.bias", "--set", "rank=2"]
+    command += ["--model", f"{tmp_path}/net.py:net", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert set(routed_layers(load_routed(tmp_path / "out", net))) == {"0"}
+    twice = CliRunner().invoke(app, ["merge", *paths, "--method", "smile", "--dry-run"])
+    assert (twice.exit_code, "two experts are called one" in twice.stderr) == (2, True)

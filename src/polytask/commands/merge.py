@@ -145,7 +145,7 @@ def merge(
         print_json(described(plan)) if as_json else show(plan)
         return
     if as_adapter is not None:
-        _carry_out_as_adapter(plan, folder, as_adapter, as_json)
+        _carry_out_as_adapter(plan, folder, as_adapter, overwrite, as_json)
         return
     carry_out(plan, folder, overwrite, quiet=as_json)
     if as_json:
@@ -156,10 +156,10 @@ def merge(
         out().print(f"{plan.title} of {models}{more}: {folder}", markup=False, soft_wrap=True)
 
 
-def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, as_json: bool) -> None:
+def _carry_out_as_adapter(plan: MergePlan, folder: Path, rank: int, overwrite: bool, as_json: bool) -> None:
     from polytask.merging.adapter_writer import write_adapter
 
-    loss = write_adapter(plan, folder, rank or None)
+    loss = write_adapter(plan, folder, rank or None, overwrite=overwrite)
     if as_json:
         print_json({"folder": str(folder), "lost": loss.share, "left_out": list(loss.left_out)})
         return
@@ -227,6 +227,8 @@ def _value(value: str, text: str) -> Any:
     try:
         return yaml.safe_load(value)
     except yaml.YAMLError:
+        if value.startswith("*"):  # a pattern of names, which YAML takes for a reference
+            return value
         raise InputError(f"the value in --set {text} cannot be read: lists are written [1, 2] or 1,2") from None
 
 

@@ -99,15 +99,20 @@ def _architecture(folder: Path, names: Iterable[str]) -> tuple[dict[str, str], d
         config = architecture.config_class.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model = architecture(config)
-        called = _called(model, names)
+        called = called_in(model, names)
     except Exception:  # a configuration of another library, or of none
         return None
     kinds = ((TURNED, Conv1D), (LINEAR, torch.nn.Linear), (OTHER, torch.nn.Module))
     return {n: next(kind for kind, cls in kinds if isinstance(m, cls)) for n, m in model.named_modules()}, called
 
 
-def _called(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Newer releases of transformers rename tensors as they load; those that they put together from several have no name here."""
+def called_in(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """What a model calls the tensors of its file: {name in the file: name in the model}.
+
+    Newer releases of transformers rename tensors as they load; those that they put together from several have no name here.
+    """
+    if not hasattr(model, "base_model_prefix"):
+        return {n: n for n in names}
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from polytask.merging.adapter import WEIGHTS, Adapter, Update, placed, read_adap
 from polytask.merging.checkpoint import ADAPTER
 from polytask.merging.hub import fetched
 from polytask.merging.matching import spec_of
-from polytask.merging.on_disk import MergePlan
+from polytask.merging.on_disk import MergePlan, check_target, put
 from polytask.merging.safetensors_file import Writer
 from polytask.merging.spectral import leading_triplets
 from polytask.merging.stored import TensorFolder
@@ -61,7 +60,7 @@ class Room:
 
 
 @torch.no_grad()
-def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> Loss:
+def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None, *, overwrite: bool = False) -> Loss:
     r"""Merge as planned, and write the outcome as an adapter of the base.
 
     Each layer's merged update is cut to its leading singular triplets, :math:`D \approx U S V^\top`, and stored as
@@ -75,6 +74,7 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> Los
         plan: its method needs no statistics. Its experts are all adapters of its base, or fine-tuned models.
         folder: a new one; peft loads it.
         rank: of every layer; the sum of the adapters' ranks when omitted.
+        overwrite: replace what is there.
 
     Raises:
         InputError: adapters that hold whole tensors, or change what is no matrix of a linear layer; whole models without a rank, or of
@@ -83,8 +83,7 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> Los
 
     Cost: as the merge, and one eigendecomposition of the smaller side a layer.
     """
-    if folder.exists():
-        raise InputError(f"{folder} exists already: name another folder")
+    check_target(plan, folder, overwrite)
     if rank is not None and rank < 1:
         raise InputError(f"the rank of an adapter is at least 1, not {rank}")
     if plan.base is None:
@@ -106,7 +105,7 @@ def write_adapter(plan: MergePlan, folder: Path, rank: int | None = None) -> Los
         work.mkdir(parents=True)
         # adapters change their layers alone
         loss = _write(plan, work, room, rank, room.layers if adapters else plan.match.merged)
-        os.replace(work, folder)
+        put(work, folder)
     except OSError as error:
         raise StorageError(f"{folder} cannot be written: {(error.strerror or 'unknown reason').lower()}") from None
     finally:

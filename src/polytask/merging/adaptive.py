@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import cycle
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -51,6 +52,11 @@ class Bench:
     seed: int = 0
     _turns: dict[str, Iterator[Any]] = field(default_factory=dict)
 
+    @cached_property
+    def buffers(self) -> frozenset[str]:
+        """Names of the model's tensors that are no parameters."""
+        return frozenset(n for n, _ in self.model.named_buffers())
+
     def next_batch(self, expert: str) -> Any:
         """The expert's batches, one after another and round again."""
         return next(self._turns.setdefault(expert, cycle(self.batches[expert])))
@@ -60,7 +66,9 @@ class Bench:
         args, named = (inputs, {}) if isinstance(inputs, tuple | list) else ((inputs,), {})
         if isinstance(inputs, dict):
             args, named = (), inputs
-        return logits_of(functional_call(self.model, {**W, **self.apart[expert]}, tuple(args), named))
+        # running means and the like are merged, but no loss has a slope along them
+        state = {n: v.detach() if n in self.buffers else v for n, v in W.items()} | self.apart[expert]
+        return logits_of(functional_call(self.model, state, tuple(args), named))
 
     def loss(self, W: Mapping[str, Tensor], expert: str, batch: Any) -> Float[Tensor, ""]:
         """What the answers to a batch are judged by: their cross-entropy where there are labels, else their entropy."""
@@ -195,7 +203,7 @@ def adapt(
     chosen = [filters] if isinstance(filters, str | Filter) else filters
     if fitting.takes_labels:
         _check_pairs(batches, entry.name)
-    bench = _bench(model, base, experts, batches, skip, chosen, seed)
+    bench = _bench(model, base, experts, batches, skip, chosen, seed, wanted is not None)
     bench.labelled = fitting.takes_labels
     merged = fitting.fit(bench)
     if check:
@@ -248,12 +256,13 @@ def _bench(
     skip: str | Sequence[str],
     filters: Sequence[Filter | str],
     seed: int,
+    mixed_dtypes: bool,
 ) -> Bench:
     if not experts:
         raise InputError("there is nothing to merge: no expert was given")
     of_each = by_expert(batches, list(experts))
     models = [("the base", base), *experts.items()]
-    found = match([(label, specs(s, label)) for label, s in models], skip)
+    found = match([(label, specs(s, label)) for label, s in models], skip, mixed_dtypes=mixed_dtypes)
     tied = _tied(model, base)
     lacking = [n for n in model.state_dict() if n not in base and tied.get(n) not in base]
     if lacking:

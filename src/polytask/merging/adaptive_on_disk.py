@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polytask.errors import InputError
+from polytask.errors import InputError, PolytaskError
 from polytask.merging.adaptive import Adaptive, adapt
 from polytask.merging.checkpoint import Checkpoint
 from polytask.merging.in_memory import built, merging_method
@@ -87,7 +87,7 @@ class AdaptivePlan(MergePlan):
             n: self.proxy.batches(experts, t, self.base_folder, rows=ROWS, labelled=self.fitting.takes_labels)
             for t, n in enumerate(self.names)
         }
-        learned = adapt(
+        learned = self._run(
             model,
             base,
             dict(zip(self.names, states, strict=True)),
@@ -100,3 +100,15 @@ class AdaptivePlan(MergePlan):
             **self.options(self.match.merged[0]),
         )
         return {old: learned[n] for n, old in names.items() if old in merging}
+
+    def _run(self, *arguments: Any, **options: Any) -> dict[str, Tensor]:
+        try:
+            return adapt(*arguments, **options)
+        except PolytaskError:
+            raise
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
+            assert self.proxy is not None
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{self.method} cannot run the model on {self.proxy.data}, or its answers and labels do not fit together: {reason}"
+            ) from None

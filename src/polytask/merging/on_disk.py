@@ -19,7 +19,7 @@ import polytask
 from polytask.errors import InputError, StorageError
 from polytask.merging.adapter import open_expert
 from polytask.merging.base import Filter, Merger
-from polytask.merging.checkpoint import INDEX, PICKLES, Checkpoint
+from polytask.merging.checkpoint import ADAPTER, INDEX, PICKLES, Checkpoint
 from polytask.merging.engine import Engine, check_finite, written_as
 from polytask.merging.hub import fetched
 from polytask.merging.in_memory import for_experts, make, make_filter, merging_method
@@ -101,6 +101,9 @@ class MergePlan:
             raise InputError(f"the shard size is a positive number of bytes, not {self.shard_size}")
         if self.model is not None and self.routing is None:
             raise InputError("a model without inputs to run tells nothing: name them with --proxy DATA")
+        doubled = [n for n in self.names if self.names.count(n) > 1]
+        if doubled and self.routing is not None:
+            raise InputError(f"two experts are called {doubled[0]}: routed experts go by their names")
         if self.looks_at_data and self.proxy is None:
             raise InputError(f"{self.method} looks at data: name a few dozen inputs of each expert, with --proxy DATA")
         self.check()
@@ -337,10 +340,7 @@ def write(
     """
     if folder.is_symlink():
         folder = folder.resolve()
-    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(f"{folder} exists already: name another folder, or overwrite it")
-    if folder.resolve() in {p.resolve() for m in plan.models for p in (m.path, m.path.parent)}:
-        raise InputError(f"{folder} is where a model to be merged lies: name another folder")
+    check_target(plan, folder, overwrite)
     work = folder.with_name(f".{folder.name}.merging")
     record = plan.record()
     digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
@@ -364,7 +364,21 @@ def write(
     for passing in (STATISTICS, KEPT):
         shutil.rmtree(work / passing, ignore_errors=True)
     (work / JOURNAL).unlink(missing_ok=True)
-    _put(work, folder)
+    put(work, folder)
+
+
+def check_target(plan: MergePlan, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that a result cannot take the place of.
+
+    Raises:
+        InputError: it is there and may not be replaced, holds something else than a model, or a model to be merged.
+    """
+    if folder.exists() and not overwrite and not (folder.is_dir() and not any(folder.iterdir())):
+        raise InputError(f"{folder} exists already: name another folder, or overwrite it")
+    if folder.is_dir() and any(folder.iterdir()) and not _is_model(folder):
+        raise InputError(f"{folder} holds {next(folder.iterdir()).name} and no model: name another folder")
+    if folder.resolve() in {p.resolve() for m in plan.models for p in (m.path, m.path.parent)}:
+        raise InputError(f"{folder} is where a model to be merged lies: name another folder")
 
 
 def _finished(work: Path, digest: str) -> list[str]:
@@ -432,6 +446,10 @@ def configuration(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _is_model(folder: Path) -> bool:
+    return any(f.name in (RECORD, CONFIG, ADAPTER) or f.suffix in WEIGHTS for f in folder.iterdir())
+
+
 def _accompanies(file: Path) -> bool:
     # a README tells of the base alone, an index of its files
     is_weights = file.suffix in WEIGHTS or file.name.endswith(".index.json")
@@ -444,7 +462,8 @@ def _write_beside(file: Path, text: str) -> None:
     os.replace(beside, file)
 
 
-def _put(work: Path, folder: Path) -> None:
+def put(work: Path, folder: Path) -> None:
+    """Move a finished folder to its place; what was there goes when it has come."""
     aside = folder.with_name(f".{folder.name}.replaced")
     if folder.exists():
         shutil.rmtree(aside, ignore_errors=True)  # of an earlier start that was killed here

@@ -96,7 +96,7 @@ class Proxy:
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         try:
             found = gather(statistic, model, [of_dtype(b, kind) for b in batches])
-        except (TypeError, RuntimeError, ValueError, IndexError) as error:
+        except (TypeError, RuntimeError, ValueError, IndexError, AttributeError) as error:
             reason = str(error).partition("\n")[0]
             raise InputError(f"the model of {expert.path} cannot run the inputs of {file}: {reason}") from None
         spoilt = [n for n, S in found.items() if not all_finite(S)]
@@ -137,6 +137,11 @@ class Proxy:
             raise InputError(
                 f"the arrays of {file} have different lengths: {', '.join(f'{n} {k}' for n, k in lengths.items())}"
             )
+        spoilt = [n for n, a in arrays.items() if not all_finite(a)]
+        if spoilt:
+            raise InputError(f"the array {spoilt[0]} of {file} holds NaN or infinite values")
+        if labelled and (arrays[LABELS].ndim != 1 or not torch.equal(arrays[LABELS], arrays[LABELS].round())):
+            raise InputError(f"the labels in {file} are one whole number an example")
         count = next(iter(lengths.values()))
         if count < FEWEST:
             raise InputError(f"{file} holds {count} proxy inputs: {FEWEST} are the least, a few dozen are good")
@@ -213,17 +218,21 @@ def _manufactured(name: str, checkpoint: Checkpoint) -> nn.Module:
 def stored_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """What the file calls the tensors of a model that was loaded from it.
 
-    Newer releases of transformers rename tensors as they load; a tensor is then known by its values.
+    Newer releases of transformers rename tensors as they load; those whose new name they do not tell are known by their values.
 
     Returns:
         {name in the model: name in the file}, without tensors that were put together or are no different from others.
     """
     state = model.state_dict()
-    names = {n: n for n in state if n in checkpoint.specs}
+    names = _names(model, checkpoint)
     renamed = {_values(t): n for n, t in state.items() if n not in names}
     if renamed:
         for n, spec in checkpoint.specs.items():
-            found = renamed.get(_values(checkpoint.read(n, torch.float32))) if n not in names and spec.shape else None
+            found = (
+                renamed.get(_values(checkpoint.read(n, torch.float32)))
+                if n not in names.values() and spec.shape
+                else None
+            )
             if found is not None:
                 names[found] = n
     return names
@@ -234,11 +243,23 @@ def _values(tensor: Tensor) -> bytes:
     return hashlib.sha256(text).digest()
 
 
+def _names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """{name in the model: name in the file}, as far as names tell."""
+    from polytask.merging.adaptable import called_in
+
+    state, stored = model.state_dict(), checkpoint.specs
+    names = {n: n for n in state if n in stored}
+    if len(names) < len(state):
+        names |= {own: n for n, own in called_in(model, stored).items() if own in state and own not in names}
+    return names
+
+
 def _load(model: nn.Module, checkpoint: Checkpoint, label: str, *, whole: bool) -> None:
+    names = _names(model, checkpoint)
     for n, tensor in model.state_dict().items():
-        if n in checkpoint.specs and checkpoint.specs[n].shape == tuple(tensor.shape):
-            checkpoint.read_into(n, tensor)
-        elif whole or n in checkpoint.specs:
+        if n in names and checkpoint.specs[names[n]].shape == tuple(tensor.shape):
+            checkpoint.read_into(names[n], tensor)
+        elif whole or n in names:
             raise InputError(f"{label} has a tensor {n} of shape {list(tensor.shape)}, which {checkpoint.path} has not")
 
 
@@ -311,7 +332,7 @@ def _tokens(file: Path, expert: Path) -> dict[str, Tensor]:
     """A table's texts as the expert's own tokenizer reads them."""
     if file.suffix not in TABLES:
         raise InputError(f"{file} holds no proxy inputs: they come as {', '.join((*ARRAYS, *TABLES))}")
-    texts = _texts(file)
+    texts, labels = _texts(file)
     transformers = _transformers(f"reading the text of {file}")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(expert, local_files_only=True)
@@ -319,10 +340,11 @@ def _tokens(file: Path, expert: Path) -> dict[str, Tensor]:
         raise InputError(f"{expert} has no tokenizer to read the text of {file} with") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
+    return dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt")) | labels
 
 
-def _texts(file: Path) -> list[str]:
+def _texts(file: Path) -> tuple[list[str], dict[str, Tensor]]:
+    """The column ``text``, and the column ``labels`` of whole numbers where there is one."""
     from polytask.data import read_table
 
     if file.suffix == ".jsonl":
@@ -336,4 +358,6 @@ def _texts(file: Path) -> list[str]:
         table = read_table(file)
     if TEXT not in table.columns:
         raise InputError(f"{file} has no column {TEXT!r}; it has {', '.join(map(str, table.columns))}")
-    return [str(t) for t in table[TEXT].dropna()]
+    table = table.dropna(subset=[TEXT])
+    whole = LABELS in table.columns and table[LABELS].dtype.kind in "iu"
+    return [str(t) for t in table[TEXT]], {LABELS: torch.tensor(table[LABELS].to_numpy())} if whole else {}
