@@ -31,7 +31,9 @@ def launch(scene: str, processes: int, folder: Path) -> list[Any]:
         capture_output=True,
         text=True,
     )
-    assert launched.returncode == 0, launched.stderr[-6000:]
+    # torchrun may abort in a thread of its own as it ends, after all workers ended well; a worker's end it would report
+    ended = launched.returncode == 0 or launched.stderr.strip() == "terminate called without an active exception"
+    assert ended, launched.stderr[-6000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(processes)]
 
 
