@@ -17,7 +17,7 @@ from polytask.cli import app
 from polytask.errors import InputError, PolytaskError
 from polytask.merging import adapt, gather_fisher, gather_gramians, merge, on_disk
 from polytask.merging.on_disk import MergePlan, plan_of, write
-from polytask.merging.proxy import FEWEST, Proxy
+from polytask.merging.proxy import FEWEST, Proxy, _texts
 from polytask.merging.stored import TensorFolder
 
 FACTORY = """
@@ -304,6 +304,9 @@ def test_killed_and_started_again_it_learns_nothing_again(place: Path, monkeypat
             "bare.npz holds no array 'labels', which the method learns from",
         ),
         (("--proxy", "nowhere"), "there are no proxy inputs at"),
+        (("--set", "labels=true", "--proxy", "half.npz"), "the labels in half.npz are one whole number an example"),
+        (("--set", "labels=true", "--proxy", "far.npz"), "adamerging cannot run the model on far.npz, or its answers"),
+        (("--proxy", "wide.npz"), "adamerging cannot run the model on wide.npz, or its answers"),
         (("--as-adapter", "2"), "adamerging looks at data with whole models"),
     ],
 )
@@ -312,6 +315,9 @@ def test_bad_input_of_methods_that_run_the_model(
 ) -> None:
     monkeypatch.chdir(place)
     np.savez("bare.npz", inputs=inputs(1).numpy())
+    np.savez("half.npz", inputs=inputs(1).numpy(), labels=np.full(40, 1.5))
+    np.savez("far.npz", inputs=inputs(1).numpy(), labels=np.full(40, 9))
+    np.savez("wide.npz", inputs=np.ones((40, 7), dtype="f4"))
     done = polytask(
         "merge",
         "base",
@@ -329,3 +335,13 @@ def test_bad_input_of_methods_that_run_the_model(
     )
     assert (done.exit_code in (2, 5), said in done.stderr) == (True, True), done.stderr
     assert not [p for p in place.iterdir() if "out" in p.name]
+
+
+def test_a_table_may_hold_labels(tmp_path: Path) -> None:
+    file = tmp_path / "cars.csv"
+    file.write_text("text,labels\nfast,1\n,0\nslow,2\n")
+    texts, labels = _texts(file)
+    assert texts == ["fast", "slow"]
+    assert labels["labels"].tolist() == [1, 2]
+    file.write_text("text,labels\nfast,good\n")
+    assert _texts(file) == (["fast"], {})
